@@ -1,0 +1,105 @@
+"""Cut laws C(m | x): where a proposal leaves the current path.
+
+The cut m is an auxiliary variable: the forward and the reverse move share it, and a proposal x' from x contributes
+log C(m | x') - log C(m | x) to the log ratio (design section 3). Positions count from 0; a cut at m keeps x_<m.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from powermc.errors import ArgumentError
+from powermc.sequences.path import Path
+
+
+class CutLaw(Protocol):
+    """A distribution over cut positions given a path."""
+
+    def log_weights(self, path: Path) -> np.ndarray:
+        """Unnormalised log weights (nats) of cuts `start`, `start + 1`, ...; empty when no cut is possible.
+
+        A law may put weight on cuts at or past the end of the path: those moves are free and change nothing.
+        """
+        ...
+
+    @property
+    def start(self) -> int:
+        """The first position that may be cut."""
+        ...
+
+
+def log_prob(law: CutLaw, cut: int, path: Path) -> float:
+    """log C(cut | path) in nats; -inf where the law gives the cut no weight."""
+    weights = law.log_weights(path)
+    at = cut - law.start
+    if not 0 <= at < len(weights) or not weights[at] > -np.inf:
+        return -np.inf
+    peak = weights.max()
+    return float(weights[at] - peak - np.log(np.exp(weights - peak).sum()))
+
+
+@dataclass(frozen=True)
+class Length:
+    """Uniform on start..L(x)-1: the log ratio of a move is log (L(x) - start) - log (L(x') - start)."""
+
+    start: int = 0
+
+    def log_weights(self, path: Path) -> np.ndarray:
+        return np.zeros(max(len(path) - self.start, 0))
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Uniform on start..stop-1 whatever the path, so its log ratio is 0; cuts past the end are free no-ops.
+
+    With the positions of one block it is the law `block`.
+    """
+
+    stop: int
+    start: int = 0
+
+    def log_weights(self, path: Path) -> np.ndarray:
+        return np.zeros(self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Weight h_t, the entropy of the model's own p(. | x_<t), on each t in start..L(x)-1, the last step included.
+
+    The log ratio is log H(x) - log H(x') with H the sum over the *whole* path from `start`: the sums of two paths
+    that share x_<m differ in their tails. A path whose entropies are all zero has no cut.
+    """
+
+    start: int = 0
+
+    def log_weights(self, path: Path) -> np.ndarray:
+        if len(path.entropy) != len(path):
+            raise ArgumentError(f"the entropy law needs a path with its entropies, got {path!r}")
+        weights = path.entropy[self.start :]
+        if not weights.any():
+            return np.zeros(0)
+        with np.errstate(divide="ignore"):
+            return np.log(weights)
+
+
+CUT_LAWS = ("length", "horizon", "block", "entropy")
+
+
+def cut_law(name: str, *, start: int, horizon: int, block_size: int) -> CutLaw:
+    """The cut law of this name for paths of up to `horizon` tokens, cutting at `start` or later.
+
+    `block` is uniform on the last block of `block_size` positions before the horizon. Raises `ArgumentError` for an
+    unknown name.
+    """
+    if name == "length":
+        return Length(start)
+    if name == "horizon":
+        return Horizon(horizon, start)
+    if name == "block":
+        return Horizon(horizon, max(start, (horizon - 1) // block_size * block_size))
+    if name == "entropy":
+        return Entropy(start)
+    raise ArgumentError(f"unknown cut law {name!r}; choose one of {', '.join(CUT_LAWS)}")

@@ -1,0 +1,79 @@
+"""The one protocol every sequence move is written against: an autoregressive model.
+
+It does not know alpha, horizons, end tokens or kernels; it knows next-token distributions. A tabular toy model and a
+batch-decoding transformer look the same from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from powermc.sequences.path import Path
+from powermc.types import Choices, Oracle, Request
+
+
+class Token(NamedTuple):
+    """One token drawn from q(. | prefix) proportional to p(. | prefix)^e, and what the same pass computed.
+
+    `log_z` holds log sum_v p(v)^e for each exponent asked for, the drawn one first (nats). `slack` is the distance
+    in probability of the uniform used to the nearest boundary of the inverse CDF: where it is below the model's
+    `resolution`, rounding could have drawn another token. `tokens_run` counts tokens sent through the layers for it.
+    """
+
+    token: int
+    log_p: float
+    entropy: float
+    log_z: tuple[float, ...]
+    slack: float
+    tokens_run: int
+
+
+class Row(Protocol):
+    """A path being written, one token at a time, beyond a prefix of an existing one."""
+
+    def extend(self, exponents: tuple[float, ...], choices: Choices) -> Request:
+        """Ask for the next `Token`, drawn at the first exponent; it becomes part of the row's prefix."""
+        ...
+
+    def cache(self) -> Any:
+        """An immutable handle on the activations of everything written so far, for `Path.cache`."""
+        ...
+
+    def release(self) -> None:
+        """Give the row's memory back. Safe to call twice."""
+        ...
+
+
+class Autoregressive(Oracle, Protocol):
+    """A model of next-token distributions given a prompt and a prefix."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def resolution(self) -> float:
+        """Probabilities closer than this may be ordered differently by another batch shape (0 if never)."""
+        ...
+
+    def branch(self, path: Path, cut: int) -> Row:
+        """A row that continues `path.tokens[:cut]`. No work is done yet."""
+        ...
+
+    def score(self, path: Path, exponents: Sequence[float]) -> Request:
+        """Ask for `path` with log_p, entropy, the log_z of these exponents, and its cache. An empty path is legal."""
+        ...
+
+
+@dataclass(frozen=True)
+class SequenceProbability:
+    """The target p(x) itself: log density = sum_t log p(x_t | prompt, x_<t). Wrap it in `Power` for p^alpha."""
+
+    model: Autoregressive
+
+    def log_density(self, value: Path) -> float:
+        return value.log_prob
+
+    def missing(self, value: Path) -> Request | None:
+        return None if value.scored(()) else self.model.score(value, ())

@@ -1,0 +1,130 @@
+"""Paths, and the finite set of them a sampler moves on.
+
+A path is the token ids after the prompt, the end token included. It ends at its first end-of-sequence id (or where a
+stop rule first holds) or at the horizon. The prompt is never part of a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from powermc.errors import ArgumentError
+
+Tokens = tuple[int, ...]
+StopRule = Callable[[Tokens], bool]
+"""A predicate of a prefix (all tokens so far); a path ends at the first prefix for which it is true."""
+
+_EMPTY = np.zeros(0)
+_EMPTY.flags.writeable = False
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What every path of a chain follows. `key` names its random streams; `text` is for people."""
+
+    ids: Tokens = ()
+    text: str = ""
+    key: int = 0
+
+
+@dataclass(frozen=True)
+class Space:
+    """The set X of all paths: absorbing end ids, an optional absorbing stop rule, and a horizon in tokens.
+
+    The length of a path counts its end token. "End token at the horizon" and "no end token by the horizon" are
+    different paths. Raises `ArgumentError` for a horizon below 1.
+    """
+
+    eos: frozenset[int]
+    horizon: int
+    stop: StopRule | None = None
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1:
+            raise ArgumentError(f"the horizon must be at least 1 token, got {self.horizon}")
+
+    def ends(self, tokens: Tokens) -> bool:
+        """Whether a path whose proper prefixes do not end, ends with its last token."""
+        return tokens[-1] in self.eos or (self.stop is not None and self.stop(tokens))
+
+    def contains(self, tokens: Tokens) -> bool:
+        """Whether `tokens` is a whole path of this space: it ends exactly where it stops, or fills the horizon."""
+        if not 1 <= len(tokens) <= self.horizon:
+            return False
+        if any(self.ends(tokens[:t]) for t in range(1, len(tokens))):
+            return False
+        return len(tokens) == self.horizon or self.ends(tokens)
+
+    def path(self, prompt: Prompt, tokens: Sequence[int]) -> Path:
+        """The path of these tokens, nothing of it evaluated yet. Raises `ArgumentError` if it is none of the space."""
+        tokens = tuple(int(t) for t in tokens)
+        if not self.contains(tokens):
+            raise ArgumentError(f"tokens {tokens} are not a path: it must end at its first end token or at {self.horizon}")
+        return Path(prompt, tokens, self.ends(tokens))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Path:
+    """Token ids and what has been evaluated of them. Immutable; equal if prompt and tokens are.
+
+    Attributes
+    ----------
+    tokens
+        L ids, the end token included.
+    finished
+        True if the path ended by an end token or a stop rule, False if it was cut by the horizon.
+    log_p
+        Shape (L,), nats: log p(x_t | prompt, x_<t) for the model's raw softmax. None: not evaluated.
+    entropy
+        Shape (L,), nats: entropy of p(. | prompt, x_<t).
+    log_z
+        For each exponent e evaluated: shape (L,), nats, log sum_v p(v | prompt, x_<t)^e, the log normaliser of the
+        proposal at temperature 1/e.
+    cache
+        The model's own handle on activations of this path; immutable, shared between paths with a common prefix.
+    """
+
+    prompt: Prompt
+    tokens: Tokens
+    finished: bool
+    log_p: np.ndarray | None = None
+    entropy: np.ndarray = field(default_factory=lambda: _EMPTY)
+    log_z: Mapping[float, np.ndarray] = field(default_factory=lambda: MappingProxyType({}))
+    cache: Any = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Path):
+            return NotImplemented
+        return self.tokens == other.tokens and self.prompt.ids == other.prompt.ids
+
+    def __hash__(self) -> int:
+        return hash(self.tokens)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(str, self.tokens[:12])) + (", ..." if len(self.tokens) > 12 else "")
+        return f"Path([{shown}], {'finished' if self.finished else 'unfinished'}, length {len(self)})"
+
+    @cached_property
+    def log_prob(self) -> float:
+        """log p(path | prompt) in nats, summed in float64."""
+        if self.log_p is None:
+            raise ArgumentError(f"{self!r} has not been scored by a model yet")
+        return float(self.log_p.sum())
+
+    def scored(self, exponents: Sequence[float]) -> bool:
+        """Whether log p and the log normalisers of these exponents are known."""
+        return self.log_p is not None and all(e in self.log_z for e in exponents)
+
+    def with_scores(self, log_p: np.ndarray, entropy: np.ndarray, log_z: Mapping[float, np.ndarray], cache: Any) -> Path:
+        """This path with (more of) its evaluation filled in."""
+        merged = MappingProxyType({**self.log_z, **log_z})
+        return replace(self, log_p=log_p, entropy=entropy, log_z=merged, cache=cache)
