@@ -1,0 +1,116 @@
+"""Exact MCMC sampling of whole sequences from a language model's power distribution p(x)^alpha.
+
+`power_sample` is the one call most users need; `sample` and `iterate` run any kernel on any space. Names are imported
+when they are first used, so that `import powermc` is fast and torch is loaded only for a language model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from powermc._version import __version__
+
+if TYPE_CHECKING:
+    from powermc.choices import Stream
+    from powermc.errors import ArgumentError, ChainError, ModelError, NonFiniteLogits, PowermcError, ZeroProbability
+    from powermc.kernels import Cycle, Metropolis, Mixture
+    from powermc.lm import CausalLM, Ledger
+    from powermc.power import LanguageModel, power_sample
+    from powermc.proposals import Independent, RandomWalk
+    from powermc.results import Chain, Run
+    from powermc.sampling import Draw, Samples, iterate, sample
+    from powermc.sequences import (
+        Autoregressive,
+        BlockwisePower,
+        Entropy,
+        Horizon,
+        Length,
+        Path,
+        Prompt,
+        SequenceProbability,
+        Space,
+        Suffix,
+        Token,
+    )
+    from powermc.targets import Power, Product, Table, Tempered, Tilted
+    from powermc.types import Choices, Field, Info, Kernel, Move, Proposal, Request, State, Steps, Target
+
+__all__ = [
+    "ArgumentError",
+    "Autoregressive",
+    "BlockwisePower",
+    "CausalLM",
+    "Chain",
+    "ChainError",
+    "Choices",
+    "Cycle",
+    "Draw",
+    "Entropy",
+    "Field",
+    "Horizon",
+    "Independent",
+    "Info",
+    "Kernel",
+    "LanguageModel",
+    "Ledger",
+    "Length",
+    "Metropolis",
+    "Mixture",
+    "ModelError",
+    "Move",
+    "NonFiniteLogits",
+    "Path",
+    "Power",
+    "PowermcError",
+    "Product",
+    "Prompt",
+    "Proposal",
+    "RandomWalk",
+    "Request",
+    "Run",
+    "Samples",
+    "SequenceProbability",
+    "Space",
+    "State",
+    "Steps",
+    "Stream",
+    "Suffix",
+    "Table",
+    "Target",
+    "Tempered",
+    "Tilted",
+    "Token",
+    "ZeroProbability",
+    "__version__",
+    "iterate",
+    "power_sample",
+    "sample",
+]
+
+_HOMES = {
+    "choices": "Stream",
+    "errors": "ArgumentError ChainError ModelError NonFiniteLogits PowermcError ZeroProbability",
+    "kernels": "Cycle Metropolis Mixture",
+    "lm": "CausalLM Ledger",
+    "power": "LanguageModel power_sample",
+    "proposals": "Independent RandomWalk",
+    "results": "Chain Run",
+    "sampling": "Draw Samples iterate sample",
+    "sequences": "Autoregressive BlockwisePower Entropy Horizon Length Path Prompt SequenceProbability "
+    "Space Suffix Token",
+    "targets": "Power Product Table Tempered Tilted",
+    "types": "Choices Field Info Kernel Move Proposal Request State Steps Target",
+}
+_MODULE = {name: f"powermc.{module}" for module, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

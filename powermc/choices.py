@@ -82,7 +82,7 @@ class Stream:
     def _child(self, step: int, purpose: int, index: int) -> Stream:
         child = Stream.__new__(Stream)
         child._key = self._key
-        child._step, child._purpose, child._index, child._drawn = step & _WORD, purpose, index & _WORD, 0
+        child._step, child._purpose, child._index, child._drawn = int(step) & _WORD, purpose, int(index) & _WORD, 0
         return child
 
     def step(self, step: int) -> Stream:

@@ -45,7 +45,7 @@ class Mixture(Generic[X]):
         with np.errstate(divide="ignore"):
             log_weights = np.log(np.asarray(self.weights, dtype=np.float64))
         component = choices.at("component").categorical(log_weights)
-        state, info = yield from self.kernels[component].step(choices, state)
+        state, info = yield from self.kernels[component].step(choices.at("mixture"), state)
         return state, {**info, "component": component}
 
 

@@ -128,3 +128,7 @@ class Path:
         """This path with (more of) its evaluation filled in."""
         merged = MappingProxyType({**self.log_z, **log_z})
         return replace(self, log_p=log_p, entropy=entropy, log_z=merged, cache=cache)
+
+    def detached(self) -> Path:
+        """This path without the model's activations: what a result keeps."""
+        return replace(self, cache=None)

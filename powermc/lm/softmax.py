@@ -1,0 +1,108 @@
+"""Normalisers, entropy and inverse-CDF draws of many rows of logits in one call (numba).
+
+Logits are read as they are (float32 or float64), every sum is float64. Equal to `powermc.choices.inverse_cdf` on
+exponent * log softmax(logits) up to the order of summation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit, prange
+
+
+class Rows(NamedTuple):
+    """Per row of logits, in nats. `token` is the one drawn or given, `log_p` its log probability.
+
+    finite: False where the logits hold NaN or +inf, or nothing but -inf; the row's other fields then mean nothing.
+    log_z: shape (A, E), log sum_v p(v)^e. slack: see `powermc.sequences.Token`.
+    """
+
+    finite: np.ndarray
+    token: np.ndarray
+    log_p: np.ndarray
+    entropy: np.ndarray
+    log_z: np.ndarray
+    slack: np.ndarray
+
+
+def softmax_rows(logits: np.ndarray, exponents: np.ndarray, uniform: np.ndarray, token: np.ndarray) -> Rows:
+    """Evaluate rows of logits.
+
+    Parameters
+    ----------
+    logits
+        Shape (A, V), float32 or float64, C-contiguous.
+    exponents
+        Shape (A, E); E >= 1 where a row draws. Token i is drawn from softmax(exponents[i, 0] * logits[i]).
+    uniform
+        Shape (A,): the number to draw with, or NaN to take `token` as given.
+    token
+        Shape (A,): tokens to score where nothing is drawn; -1 for none (log_p is then 0).
+    """
+    n, e = exponents.shape
+    out = Rows(
+        np.ones(n, np.bool_), token.astype(np.int64), np.zeros(n), np.zeros(n), np.zeros((n, e)), np.ones(n)
+    )
+    _evaluate(logits, exponents, uniform, *out)
+    return out
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _evaluate(logits, exponents, uniform, finite, token, log_p, entropy, log_z, slack):  # pragma: no cover - compiled
+    vocab = logits.shape[1]
+    for i in prange(logits.shape[0]):
+        row = logits[i]
+        peak = -np.inf
+        for v in range(vocab):
+            x = row[v]
+            if x > peak:
+                peak = x
+            elif x != x:
+                peak = np.inf
+                break
+        if not np.isfinite(peak):
+            finite[i] = False
+            continue
+        top = np.float64(peak)
+        total = 0.0
+        weighted = 0.0
+        for v in range(vocab):
+            d = np.float64(row[v]) - top
+            if d > -np.inf:
+                w = np.exp(d)
+                total += w
+                weighted += w * d
+        log_total = np.log(total)
+        entropy[i] = max(log_total - weighted / total, 0.0)
+        drawing = uniform[i] == uniform[i]
+        for e in range(exponents.shape[1]):
+            exponent = exponents[i, e]
+            mass = total
+            if exponent != 1.0:
+                mass = 0.0
+                for v in range(vocab):
+                    mass += np.exp(exponent * (np.float64(row[v]) - top))
+                log_z[i, e] = np.log(mass) - exponent * log_total
+            if e == 0 and drawing:
+                goal = uniform[i] * mass
+                reached = 0.0
+                before = 0.0
+                for v in range(vocab):
+                    w = np.exp(exponent * (np.float64(row[v]) - top))
+                    if w > 0.0:
+                        before = reached
+                        token[i] = v
+                        reached += w
+                        if reached > goal:
+                            break
+                slack[i] = min(reached - goal, goal - before) / mass
+        if token[i] >= 0:
+            log_p[i] = np.float64(row[token[i]]) - top - log_total
+
+
+def log_softmax(logits: np.ndarray, exponent: float) -> np.ndarray:
+    """exponent * log softmax of one row, unnormalised, float64: what an enumerating `Choices` draws from."""
+    row = logits.astype(np.float64)
+    return exponent * (row - row.max())

@@ -1,0 +1,388 @@
+"""`power_sample`: whole answers of a language model from p(x)^alpha, many prompts and chains in one batch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+from powermc.choices import Stream
+from powermc.errors import ArgumentError, ChainError
+from powermc.results import Chain, Run
+from powermc.sampling import Records, check_count, without_cache
+from powermc.scheduling import Event, Failed, drive
+from powermc.sequences.growth import BlockwisePower, Committed, Grown
+from powermc.sequences.model import Autoregressive
+from powermc.sequences.path import Path, Prompt, Space, Tokens
+from powermc.targets import Power, Tilted
+from powermc.types import Field, Fields, Info, State, Target
+
+if TYPE_CHECKING:
+    from powermc.lm.ledger import Ledger
+
+ACTIVE = 64
+"""Chains under way at once when the model does not say how many rows it has (`max_rows`); the others wait."""
+
+
+class LanguageModel(Autoregressive, Protocol):
+    """What `power_sample` needs of a model; `powermc.CausalLM` is one.
+
+    It may also have `max_rows` (chains under way at once) and `reserve(rows, length)` (allocate before the run).
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def ledger(self) -> Ledger:
+        """Counters of everything the model has computed."""
+        ...
+
+    def prompt(self, text: str, *, chat: bool | None = None) -> Prompt:
+        """The prompt of this text; `chat=None` applies the chat template if there is one."""
+        ...
+
+    def space(self, horizon: int, stop: Sequence[str] = ()) -> Space:
+        """All paths of up to `horizon` tokens, with the model's own end tokens and these stop strings."""
+        ...
+
+    def check_fits(self, prompt: Prompt, horizon: int) -> None:
+        """Raise `ArgumentError` if the prompt and `horizon` tokens exceed the model's context."""
+        ...
+
+    def decode(self, tokens: Tokens) -> str:
+        """The text of these tokens, special ones left out."""
+        ...
+
+
+Callback = Callable[[int, int, int, State[Path], Info], None]
+"""Called as (prompt, chain, step, state, info) after every committed step; steps count over all blocks."""
+
+
+def power_sample(
+    model: LanguageModel | str | os.PathLike[str],
+    prompts: str | Prompt | Sequence[str | Prompt],
+    *,
+    alpha: float = 4.0,
+    temperature: float | None = None,
+    max_new_tokens: int = 128,
+    block_size: int = 32,
+    steps: int = 10,
+    chains: int = 4,
+    scope: str | None = None,
+    cut: str = "length",
+    seed: int = 0,
+    stop: str | Sequence[str] = (),
+    reward: Callable[[str], float] | None = None,
+    chat: bool | None = None,
+    progress: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Sample whole answers to each prompt from pi(x) proportional to p(x)^alpha exp(reward(x)).
+
+    Blockwise growth (Karan & Du 2025, Algorithm 1): each chain extends its path by a block, then takes `steps`
+    Metropolis-Hastings steps that cut the path and draw the rest anew, until `max_new_tokens` are reached. Every step
+    leaves its target invariant; a finite run is a finite run.
+
+    Parameters
+    ----------
+    model
+        A `CausalLM`, anything with the interface of `LanguageModel`, or a name to load with
+        `CausalLM.from_pretrained`.
+    prompts
+        One or several; a `Prompt` is taken as it is, token ids and stream key.
+    alpha
+        Power of the target, >= 0.
+    temperature
+        Of the proposals, > 0; None for min(1, 1/alpha). It changes the speed of the chain, not its target.
+    max_new_tokens
+        The horizon T: a path ends at its first end token, at a stop string, or here.
+    block_size, steps
+        Tokens per block, and kernel steps after each block.
+    chains
+        Independent chains per prompt.
+    scope
+        "sequence": steps cut anywhere. "block": earlier blocks are frozen, so that each block is exact for p^alpha
+        *given its prefix*, which is not p^alpha of the whole path. None: "block" if `cut` is "block", else "sequence".
+    cut
+        Where steps cut: "length" (uniform over the path), "horizon" (uniform over the horizon, cuts past the end
+        being free no-ops), "block" (uniform over the current block), or "entropy" (by the model's own uncertainty).
+    seed
+        Every number drawn is a function of (seed, the prompt's tokens, chain, step). A prompt's draws do not depend
+        on the other prompts; where a prompt occurs twice, the two draw different numbers.
+    stop
+        Strings that end a path where they first appear.
+    reward
+        Adds reward(text) nats to the log density, text being the whole answer decoded without special tokens: a
+        function of the text alone. It also sees the unfinished texts of earlier blocks. A chain whose path has reward
+        -inf when a block begins ends with `ZeroProbability`; prefer a finite penalty.
+    chat
+        Whether to apply the chat template; None: if the tokenizer has one.
+    progress
+        Show a display on standard error.
+    callbacks
+        Called in order as (prompt, chain, step, state, info) after every step.
+
+    Returns a `Run`. A chain that fails (`ChainError`) keeps what it drew, is listed in `Run.errors`, and a
+    `RuntimeWarning` is issued; if all fail before a draw, the first error is raised. Ctrl-C ends the run and returns
+    what has been drawn. Raises `ArgumentError` before any work of the model for an argument out of range, and
+    `ModelError` for a model that cannot be loaded.
+    """
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
+    scope = ("block" if cut == "block" else "sequence") if scope is None else scope
+    for name, count, least in (
+        ("max_new_tokens", max_new_tokens, 1),
+        ("block_size", block_size, 1),
+        ("steps", steps, 0),
+        ("chains", chains, 1),
+    ):
+        check_count(name, count, least=least)
+    _check_number("alpha", alpha)
+    if temperature is not None:
+        _check_number("temperature", temperature)
+    if reward is not None and not callable(reward):
+        raise ArgumentError(f"reward must be a function of the generated text, got {reward!r}")
+    _check_texts(given, stop, chat)
+    Stream(seed)
+
+    def schedule(model: LanguageModel, space: Space) -> BlockwisePower:
+        target = None if reward is None else _tilt(model, alpha, reward)
+        return BlockwisePower(model, space, alpha, temperature, block_size, steps, scope, cut, target)
+
+    if not isinstance(model, str | os.PathLike) and not hasattr(model, "branch"):
+        raise ArgumentError(
+            f"model must be a CausalLM or the name of one, got {type(model).__name__}; "
+            "wrap a model of your own: CausalLM(model, tokenizer)"
+        )
+    # Checks everything but the model, before a name is loaded.
+    schedule(cast(LanguageModel, None), Space(frozenset(), max_new_tokens))
+    if isinstance(model, str | os.PathLike):
+        from powermc.lm import CausalLM
+
+        model = cast(LanguageModel, CausalLM.from_pretrained(os.fspath(model)))
+    plan = schedule(model, model.space(max_new_tokens, stop))
+    ready = distinct([p if isinstance(p, Prompt) else model.prompt(p, chat=chat) for p in given])
+    for prompt in ready:
+        model.check_fits(prompt, max_new_tokens)
+    settings = {
+        "alpha": float(alpha),
+        "temperature": plan.q_temperature,
+        "max_new_tokens": int(max_new_tokens),
+        "block_size": int(block_size),
+        "steps": int(steps),
+        "chains": int(chains),
+        "scope": scope,
+        "cut": cut,
+        "seed": int(seed),
+        "stop": list(stop),
+        "reward": None if reward is None else getattr(reward, "__name__", type(reward).__name__),
+        "chat": chat,
+    }
+    return _Recorder(model, plan, ready, settings).run(callbacks, progress)
+
+
+def _tilt(model: LanguageModel, alpha: float, reward: Callable[[str], float]) -> Callable[[Any], Target[Path]]:
+    return lambda p: Tilted(Power(p, alpha), lambda path: reward(model.decode(path.tokens)))
+
+
+class _Recorder:
+    """Runs the chains and writes down what they commit."""
+
+    def __init__(
+        self, model: LanguageModel, plan: BlockwisePower, prompts: list[Prompt], settings: dict[str, Any]
+    ) -> None:
+        self.model, self.plan, self.prompts, self.settings = model, plan, prompts, settings
+        self.chains, self.steps = settings["chains"], plan.blocks * plan.steps
+        fields: Fields = {
+            **plan.stage(0).kernel.fields,
+            "block": Field("int32", -1),
+            "log_p": Field("float64", math.nan),
+            "log_density": Field("float64", math.nan),
+            "length": Field("int32", 0),
+        }
+        keys = [(p, c) for p in range(len(prompts)) for c in range(self.chains)]
+        self.records = [Records(fields, (self.chains, self.steps)) for _ in prompts]
+        self.last: dict[tuple[int, int], Path] = {}
+        self.draws: dict[tuple[int, int], list[Path]] = {key: [] for key in keys}
+        self.taken = dict.fromkeys(keys, 0)
+        self.grown = dict.fromkeys(keys, 0)
+        self.ties = dict.fromkeys(keys, 0)
+        self.errors: dict[tuple[int, int], ChainError] = {}
+        self.interrupted = False
+
+    def run(self, callbacks: Sequence[Callback], progress: bool) -> Run:
+        model, plan = self.model, self.plan
+        active = getattr(model, "max_rows", ACTIVE)
+        if (reserve := getattr(model, "reserve", None)) is not None:
+            longest = max(len(prompt.ids) for prompt in self.prompts)
+            reserve(min(active, len(self.taken)), longest + plan.space.horizon)
+        milestones, reached = work(plan), dict.fromkeys(self.taken, 0.0)
+        before, begun = model.ledger.copy(), time.monotonic()
+        programs = (
+            (
+                (p, c),
+                plan.program(Stream(self.settings["seed"], prompt=self.prompts[p].key, chain=c).step, self.prompts[p]),
+            )
+            for p, c in self.taken
+        )
+        with ExitStack() as stack:
+            display = None
+            if progress:
+                from powermc.progress import Progress
+
+                display = Progress(
+                    steps=len(self.taken) * self.steps,
+                    work=len(self.taken) * milestones[-1][-1],
+                    tokens=lambda: model.ledger.decoded + model.ledger.prefilled,
+                )
+                stack.enter_context(display)
+            outcomes = stack.enter_context(closing(drive(programs, active=active)))  # type: ignore[type-var]
+            try:
+                for outcome in outcomes:
+                    key = cast("tuple[int, int]", outcome.key)
+                    event = outcome.value if isinstance(outcome, Event) else None
+                    at = milestones[-1][-1]  # nothing is left of a chain that has finished or failed
+                    if isinstance(outcome, Failed):
+                        self.errors[key] = outcome.error
+                    elif isinstance(event, Grown):
+                        self._grow(key, event)
+                        at = milestones[event.block][0]
+                    elif isinstance(event, Committed):
+                        self._commit(key, event)
+                        at = milestones[event.block][1 + event.step % plan.steps]
+                        for callback in callbacks:
+                            callback(*key, event.step, event.state, event.info)
+                    if display is not None:
+                        if isinstance(event, Committed):
+                            display.step(event.info, at - reached[key])
+                        else:
+                            display.add(at - reached[key])
+                        reached[key] = at
+            except KeyboardInterrupt:
+                self.interrupted = True
+        return self._result(model.ledger.since(before), time.monotonic() - begun)
+
+    def _grow(self, key: tuple[int, int], event: Grown) -> None:
+        before = len(self.last[key]) if key in self.last else 0
+        self.last[key] = without_cache(event.path)
+        self.grown[key] += len(event.path) - before
+        self.ties[key] += event.near_ties
+
+    def _commit(self, key: tuple[int, int], event: Committed) -> None:
+        path = without_cache(event.state.value)
+        own = {
+            "block": event.block,
+            "log_p": path.log_prob,
+            "log_density": event.state.log_density,
+            "length": len(path),
+        }
+        self.records[key[0]].write((key[1], event.step), {**event.info, **own})
+        self.last[key] = path
+        if event.block == self.plan.blocks - 1:
+            self.draws[key].append(path)
+        self.taken[key] += 1
+
+    def _result(self, cost: Ledger, seconds: float) -> Run:
+        if (
+            self.errors
+            and not self.interrupted
+            and len(self.errors) == len(self.taken)
+            and not any(self.draws.values())
+        ):
+            raise next(iter(self.errors.values()))
+        texts: dict[Tokens, str] = {}
+
+        def decode(path: Path) -> str:
+            if path.tokens not in texts:
+                texts[path.tokens] = self.model.decode(path.tokens)
+            return texts[path.tokens]
+
+        def chain(key: tuple[int, int]) -> Chain:
+            path = self.last.get(key)
+            return Chain(
+                path,
+                None if path is None else decode(path),
+                tuple(self.draws[key]),
+                tuple(decode(x) for x in self.draws[key]),
+                self.taken[key],
+                self.grown[key],
+                self.ties[key],
+                self.errors.get(key),
+            )
+
+        for (p, c), error in self.errors.items():
+            text = f"prompt {p}, chain {c} stopped after {self.taken[p, c]} steps: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+        return Run(
+            model=self.model.name,
+            settings=self.settings,
+            prompts=tuple(self.prompts),
+            chains=tuple(tuple(chain((p, c)) for c in range(self.chains)) for p in range(len(self.prompts))),
+            infos=tuple(records.arrays for records in self.records),
+            cost=cost,
+            seconds=seconds,
+            resolution=self.model.resolution,
+            interrupted=self.interrupted,
+        )
+
+
+def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The same prompts with stream keys that differ: where a key occurs again, it is hashed with its occurrence.
+
+    The first of equal prompts keeps its key, whatever stands beside it. A prompt without a key gets a hash of its ids.
+    """
+    seen: dict[int, int] = {}
+    result: list[Prompt] = []
+    for prompt in prompts:
+        key = prompt.key or _hash(prompt.ids)
+        occurrence = seen[key] = seen.get(key, -1) + 1
+        result.append(replace(prompt, key=_hash((key, occurrence)) if occurrence else key))
+    return result
+
+
+def work(plan: BlockwisePower) -> list[list[float]]:
+    """Tokens a chain is expected to have drawn after the growth of each block, and after each step on it.
+
+    For the time left only: as if no path ended early.
+    """
+    total, milestones = 0.0, []
+    for block in range(plan.blocks):
+        start = block * plan.block_size
+        end = min(start + plan.block_size, plan.space.horizon)
+        span = end - start if plan.scope == "block" else end
+        milestones.append([total + end - start + i * (span + 1) / 2 for i in range(plan.steps + 1)])
+        total = milestones[-1][-1]
+    return milestones
+
+
+def _hash(value: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise ArgumentError(f"{name} must be a number, got {value!r}")
+
+
+def _check_texts(prompts: Sequence[Any], stop: Sequence[Any], chat: bool | None) -> None:
+    if not prompts:
+        raise ArgumentError("no prompt was given; pass a string or a list of strings")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | Prompt):
+            raise ArgumentError(f"prompt {i} must be a string or a Prompt, got {type(prompt).__name__}")
+        if isinstance(prompt, str) and not prompt.strip():
+            raise ArgumentError(f"prompt {i} is empty; every prompt needs some text")
+    for text in stop:
+        if not isinstance(text, str) or not text:
+            raise ArgumentError(f"stop strings must be strings of at least one character, got {text!r}")
+    if chat is not None and all(isinstance(prompt, Prompt) for prompt in prompts):
+        raise ArgumentError("chat has no effect on a Prompt, which is token ids already; leave it out or pass strings")
