@@ -10,20 +10,18 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol, cast
 
 from powermc.choices import Stream
 from powermc.errors import ArgumentError, ChainError
 from powermc.results import Chain, Run
-from powermc.sampling import Records, check_count, without_cache
+from powermc.sampling import Records, without_cache
 from powermc.scheduling import Event, Failed, drive
 from powermc.sequences.growth import BlockwisePower, Committed, Grown
 from powermc.sequences.model import Autoregressive
 from powermc.sequences.path import Path, Prompt, Space, Tokens
-from powermc.targets import Power, Tilted
-from powermc.types import Field, Fields, Info, State, Target
+from powermc.settings import Settings
+from powermc.types import Field, Fields, Info, State
 
 if TYPE_CHECKING:
     from powermc.lm.ledger import Ledger
@@ -35,7 +33,8 @@ ACTIVE = 64
 class LanguageModel(Autoregressive, Protocol):
     """What `power_sample` needs of a model; `powermc.CausalLM` is one.
 
-    It may also have `max_rows` (chains under way at once) and `reserve(rows, length)` (allocate before the run).
+    It may also have `max_rows` (chains under way at once), `reserve(rows, length)` (allocate before the run) and
+    `ignored_warpers` (what the checkpoint asks for and p leaves out).
     """
 
     @property
@@ -136,72 +135,44 @@ def power_sample(
     what has been drawn. Raises `ArgumentError` before any work of the model for an argument out of range, and
     `ModelError` for a model that cannot be loaded.
     """
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    settings = Settings(
+        alpha=alpha,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        steps=steps,
+        chains=chains,
+        scope=scope,
+        cut=cut,
+        seed=seed,
+        stop=stop,
+        reward=reward,
+        chat=chat,
+    )
     given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
-    scope = ("block" if cut == "block" else "sequence") if scope is None else scope
-    for name, count, least in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("block_size", block_size, 1),
-        ("steps", steps, 0),
-        ("chains", chains, 1),
-    ):
-        check_count(name, count, least=least)
-    _check_number("alpha", alpha)
-    if temperature is not None:
-        _check_number("temperature", temperature)
-    if reward is not None and not callable(reward):
-        raise ArgumentError(f"reward must be a function of the generated text, got {reward!r}")
-    _check_texts(given, stop, chat)
-    Stream(seed)
-
-    def schedule(model: LanguageModel, space: Space) -> BlockwisePower:
-        target = None if reward is None else _tilt(model, alpha, reward)
-        return BlockwisePower(model, space, alpha, temperature, block_size, steps, scope, cut, target)
-
-    if not isinstance(model, str | os.PathLike) and not hasattr(model, "branch"):
-        raise ArgumentError(
-            f"model must be a CausalLM or the name of one, got {type(model).__name__}; "
-            "wrap a model of your own: CausalLM(model, tokenizer)"
-        )
-    # Checks everything but the model, before a name is loaded.
-    schedule(cast(LanguageModel, None), Space(frozenset(), max_new_tokens))
+    settings.check_prompts(given)
     if isinstance(model, str | os.PathLike):
         from powermc.lm import CausalLM
 
         model = cast(LanguageModel, CausalLM.from_pretrained(os.fspath(model)))
-    plan = schedule(model, model.space(max_new_tokens, stop))
+    elif not hasattr(model, "branch"):
+        raise ArgumentError(
+            f"model must be a CausalLM or the name of one, got {type(model).__name__}; "
+            "wrap a model of your own: CausalLM(model, tokenizer)"
+        )
+    plan = settings.schedule(model, model.space(max_new_tokens, settings.stop), model.decode)
     ready = distinct([p if isinstance(p, Prompt) else model.prompt(p, chat=chat) for p in given])
     for prompt in ready:
         model.check_fits(prompt, max_new_tokens)
-    settings = {
-        "alpha": float(alpha),
-        "temperature": plan.q_temperature,
-        "max_new_tokens": int(max_new_tokens),
-        "block_size": int(block_size),
-        "steps": int(steps),
-        "chains": int(chains),
-        "scope": scope,
-        "cut": cut,
-        "seed": int(seed),
-        "stop": list(stop),
-        "reward": None if reward is None else getattr(reward, "__name__", type(reward).__name__),
-        "chat": chat,
-    }
     return _Recorder(model, plan, ready, settings).run(callbacks, progress)
-
-
-def _tilt(model: LanguageModel, alpha: float, reward: Callable[[str], float]) -> Callable[[Any], Target[Path]]:
-    return lambda p: Tilted(Power(p, alpha), lambda path: reward(model.decode(path.tokens)))
 
 
 class _Recorder:
     """Runs the chains and writes down what they commit."""
 
-    def __init__(
-        self, model: LanguageModel, plan: BlockwisePower, prompts: list[Prompt], settings: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: LanguageModel, plan: BlockwisePower, prompts: list[Prompt], settings: Settings) -> None:
         self.model, self.plan, self.prompts, self.settings = model, plan, prompts, settings
-        self.chains, self.steps = settings["chains"], plan.blocks * plan.steps
+        self.chains, self.steps = settings.chains, plan.blocks * plan.steps
         fields: Fields = {
             **plan.stage(0).kernel.fields,
             "block": Field("int32", -1),
@@ -230,7 +201,7 @@ class _Recorder:
         programs = (
             (
                 (p, c),
-                plan.program(Stream(self.settings["seed"], prompt=self.prompts[p].key, chain=c).step, self.prompts[p]),
+                plan.program(Stream(self.settings.seed, prompt=self.prompts[p].key, chain=c).step, self.prompts[p]),
             )
             for p, c in self.taken
         )
@@ -299,11 +270,14 @@ class _Recorder:
             and not any(self.draws.values())
         ):
             raise next(iter(self.errors.values()))
-        texts: dict[Tokens, str] = {}
+        texts: dict[Tokens, str | None] = {}
 
-        def decode(path: Path) -> str:
+        def decode(path: Path) -> str | None:
             if path.tokens not in texts:
-                texts[path.tokens] = self.model.decode(path.tokens)
+                try:
+                    texts[path.tokens] = self.model.decode(path.tokens)
+                except ArgumentError:  # a model without a tokenizer
+                    texts[path.tokens] = None
             return texts[path.tokens]
 
         def chain(key: tuple[int, int]) -> Chain:
@@ -324,13 +298,14 @@ class _Recorder:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
         return Run(
             model=self.model.name,
-            settings=self.settings,
+            settings={**self.settings.as_dict(), "temperature": self.plan.q_temperature},
             prompts=tuple(self.prompts),
             chains=tuple(tuple(chain((p, c)) for c in range(self.chains)) for p in range(len(self.prompts))),
             infos=tuple(records.arrays for records in self.records),
             cost=cost,
             seconds=seconds,
             resolution=self.model.resolution,
+            ignored_warpers=dict(getattr(self.model, "ignored_warpers", {})),
             interrupted=self.interrupted,
         )
 
@@ -366,23 +341,3 @@ def work(plan: BlockwisePower) -> list[list[float]]:
 
 def _hash(value: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise ArgumentError(f"{name} must be a number, got {value!r}")
-
-
-def _check_texts(prompts: Sequence[Any], stop: Sequence[Any], chat: bool | None) -> None:
-    if not prompts:
-        raise ArgumentError("no prompt was given; pass a string or a list of strings")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str | Prompt):
-            raise ArgumentError(f"prompt {i} must be a string or a Prompt, got {type(prompt).__name__}")
-        if isinstance(prompt, str) and not prompt.strip():
-            raise ArgumentError(f"prompt {i} is empty; every prompt needs some text")
-    for text in stop:
-        if not isinstance(text, str) or not text:
-            raise ArgumentError(f"stop strings must be strings of at least one character, got {text!r}")
-    if chat is not None and all(isinstance(prompt, Prompt) for prompt in prompts):
-        raise ArgumentError("chat has no effect on a Prompt, which is token ids already; leave it out or pass strings")

@@ -37,7 +37,7 @@ class Chain:
     path
         The last path: the chain's answer. None if the chain ended before it had one.
     text
-        The same decoded, without special tokens.
+        The same decoded, without special tokens; None too for a model without a tokenizer.
     draws
         The path after each kernel step on the last block: the draws from the target over whole paths.
     draw_texts
@@ -55,7 +55,7 @@ class Chain:
     path: Path | None
     text: str | None
     draws: tuple[Path, ...]
-    draw_texts: tuple[str, ...]
+    draw_texts: tuple[str | None, ...]
     steps: int
     grown: int
     growth_near_ties: int
@@ -86,6 +86,8 @@ class Run:
         Wall-clock time of the run.
     resolution
         The model's: probabilities closer than this may be ordered differently by another batch shape.
+    ignored_warpers
+        What the checkpoint's generation config asks for that p leaves out.
     interrupted
         Whether Ctrl-C ended the run.
     """
@@ -98,6 +100,7 @@ class Run:
     cost: Ledger
     seconds: float
     resolution: float
+    ignored_warpers: Mapping[str, Any]
     interrupted: bool
 
     @property
@@ -172,8 +175,8 @@ class Run:
             if over == "draws":
                 texts = [text for chain in chains for text in chain.draw_texts]
             else:
-                texts = [t.text or "" for c, t in enumerate(chains) if t.error is None and self.whole(p, c)]
-            found = [extract(text) for text in texts]
+                texts = [x.text for c, x in enumerate(chains) if x.error is None and self.whole(p, c)]
+            found = [extract(text) for text in texts if text is not None]
             counters.append(Counter(answer for answer in found if answer is not None))
         return counters
 
@@ -252,7 +255,7 @@ class Run:
         ]
         if self.resolution > 0:
             lines.append(
-                f"near-ties, which another batch shape could decide otherwise: {_count(ties['tokens'], 'token')} drawn, "
+                f"near-ties (another batch shape could turn them): {_count(ties['tokens'], 'token')} drawn, "
                 f"{_count(ties['accepts'], 'accept decision')}"
             )
         return lines
@@ -270,6 +273,7 @@ class Run:
             "powermc": __version__,
             "model": self.model,
             "settings": dict(self.settings),
+            "ignored_warpers": dict(self.ignored_warpers),
             "interrupted": self.interrupted,
             "seconds": self.seconds,
             "cost": self.cost.as_dict(),
@@ -305,7 +309,7 @@ class Run:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict` to a file: whole or not at all. Raises `OSError` if it cannot be written."""
-        write_whole(path, json.dumps(self.to_dict(), allow_nan=False, indent=1) + "\n")
+        write_whole(path, json.dumps(self.to_dict(), allow_nan=False, default=str) + "\n")
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:

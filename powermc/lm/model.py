@@ -61,7 +61,7 @@ class CausalLM:
         self.name = name or model.config.name_or_path or type(model).__name__
         self.ledger = Ledger(layers=self.decoder.layers)
         self.resolution = _RESOLUTION.get(self.decoder.dtype, 1e-2)
-        self._prompts: WeakValueDictionary[Tokens, Segment] = WeakValueDictionary()
+        self._prompts: WeakValueDictionary[tuple[int, Tokens], Segment] = WeakValueDictionary()
         self._recent: deque[Segment] = deque(maxlen=_RECENT_PROMPTS)
 
     @classmethod
@@ -246,7 +246,7 @@ class CausalLM:
         new = dict.fromkeys(r.path.prompt.ids for r in requests if self._known(r.path) is None)
         fresh = self._prefixes([(Prefix(), ids) for ids in new])
         for ids, prefix in zip(new, fresh, strict=True):
-            self._prompts[ids] = prefix.segments[0]
+            self._prompts[self._weights(), ids] = prefix.segments[0]
             self._recent.append(prefix.segments[0])
         known = [self._known(r.path) or Prefix() for r in requests]
         whole = [r.path.prompt.ids + r.path.tokens[:-1] for r in requests]
@@ -257,8 +257,12 @@ class CausalLM:
         """The activations of a prefix of this path that are still there."""
         if path.cache is not None:
             return path.cache
-        segment = self._prompts.get(path.prompt.ids)
+        segment = self._prompts.get((self._weights(), path.prompt.ids))
         return None if segment is None else Prefix((segment,), len(path.prompt.ids))
+
+    def _weights(self) -> int:
+        """A number that changes when the owner of a live model trains it: cached prompts are then out of date."""
+        return sum(p._version for p in self.decoder.model.parameters())
 
     def _prefixes(self, work: Sequence[tuple[Prefix, Tokens]]) -> list[Prefix]:
         """Each prefix extended to cover all of its ids."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
@@ -212,9 +213,36 @@ def transition_matrix(kernel: Kernel[X], space: Sequence[X]) -> np.ndarray:
 
 
 def two_step_matrix(transitions: Transitions[X], *, active: int = 512) -> np.ndarray:
-    """P_2[i, j]: two steps from value i, the second from the very state (caches and all) that the first returned."""
+    """P_2[i, j]: two steps from value i, the second from the very state (caches and all) that the first returned.
+
+    States that are equal down to the last bit take their second step once.
+    """
     flat = [leaf for leaves in transitions.leaves for leaf in leaves]
-    second = _matrix(transitions.values, _leaves(transitions.kernel, [leaf.value[0] for leaf in flat], active))
-    weighted = second * np.array([leaf.probability for leaf in flat])[:, None]
+    places: dict[Hashable, int] = {}
+    place = [places.setdefault(_fingerprint(leaf.value[0]), len(places)) for leaf in flat]
+    distinct: list[Any] = [None] * len(places)
+    for leaf, i in zip(flat, place, strict=True):
+        distinct[i] = leaf.value[0]
+    second = _matrix(transitions.values, _leaves(transitions.kernel, distinct, active))
+    weighted = second[place] * np.array([leaf.probability for leaf in flat])[:, None]
     bounds = np.cumsum([0, *(len(leaves) for leaves in transitions.leaves)])
     return np.array([weighted[a:b].sum(0) for a, b in zip(bounds, bounds[1:], strict=False)])
+
+
+def _fingerprint(value: Any) -> Hashable:
+    """Equal for two values only if no step could tell them apart: plain data by content, all else by identity."""
+    kind = type(value)
+    if value is None or kind in (bool, int, str, bytes):
+        return kind, value
+    if kind is float:
+        return kind, value.hex()
+    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        return kind, value.dtype.str, value.shape, value.tobytes()
+    if kind in (tuple, list):
+        return kind, tuple(map(_fingerprint, value))
+    if kind in (dict, MappingProxyType):
+        return kind, tuple((_fingerprint(k), _fingerprint(v)) for k, v in value.items())
+    if is_dataclass(value) and not isinstance(value, type):
+        names = dict.fromkeys([*(f.name for f in fields(value)), *getattr(value, "__dict__", ())])
+        return kind, tuple((name, _fingerprint(getattr(value, name))) for name in names)
+    return kind, id(value)

@@ -1,0 +1,95 @@
+"""`powermc doctor`: what this machine and a model can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from powermc._version import __version__
+from powermc.cli.sample import load
+from powermc.cli.show import console, say
+
+PACKAGES = (
+    "numpy",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numba",
+    "scipy",
+    "arviz",
+    "gguf",
+    "accelerate",
+)
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def run(model: str | None, options: dict[str, Any]) -> None:
+    """Print the report. Raises `ModelError` for a model that cannot be used."""
+    out = console()
+    say(out, f"powermc {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    say(out, "\npackages", "bold")
+    for package in PACKAGES:
+        say(out, f"{package:<14} {_version(package)}", indent=2)
+    import numba
+    import torch
+
+    say(out, "\nthreads", "bold")
+    say(out, f"CPUs for this process  {_cpus()}", indent=2)
+    say(out, f"torch                  {torch.get_num_threads()}", indent=2)
+    say(out, f"numba                  {numba.get_num_threads()}", indent=2)
+    say(out, f"OMP_NUM_THREADS        {os.environ.get('OMP_NUM_THREADS', 'not set')}", indent=2)
+    say(out, f"\ndtypes on {options['device']} (a product of 16 rows with a 1024 x 4096 matrix)", "bold")
+    for dtype in DTYPES:
+        say(out, f"{dtype:<14} {_speed(dtype, options['device'])}", indent=2)
+    if model is None:
+        say(out, "\nno model checked; name one with --model")
+        return
+    loaded: Any = load(model, options, console(sys.stderr), quiet=False)
+    say(out, f"\nmodel {model}", "bold")
+    facts = loaded.describe()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        say(out, f"{name.replace('_', ' '):<{width}}  {_fact(name, value)}", indent=2)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _speed(dtype: str, device: str) -> str:
+    """Milliseconds for one product, or why there is none."""
+    import torch
+
+    try:
+        weights = torch.ones(1024, 4096, dtype=getattr(torch, dtype), device=device)
+        rows = torch.ones(16, 1024, dtype=weights.dtype, device=device)
+        best = float("inf")
+        for _ in range(10):
+            begun = time.perf_counter()
+            float((rows @ weights)[0, 0])
+            best = min(best, time.perf_counter() - begun)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        return f"not usable: {str(error).splitlines()[0]}"
+    return f"{best * 1e3:.2f} ms"
+
+
+def _fact(name: str, value: Any) -> str:
+    if name == "attach_deviation":
+        return f"{value:.1e} (largest difference of logits, driven row by row against the model's own forward)"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={entry!r}" for key, entry in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
