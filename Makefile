@@ -25,9 +25,8 @@ test-all: $(VENV)/.installed-test ## every test, slow ones included
 	$(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/.installed-lint ## ruff (rules and format) and pyright
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	@failed=0; for check in "ruff check ." "ruff format --check ." pyright; do \
+	  echo "$$check"; $(BIN)/$$check || failed=1; done; exit $$failed
 
 bench: $(VENV)/.installed-demo ## seconds and tokens per transition on the demo model
 	$(BIN)/python -m powermc.evaluation.transition_cost

@@ -97,7 +97,7 @@ class Progress:
         else:
             parts.append(f"{(self._tokens() - self._tokens_before) / elapsed:,.0f} tokens/s")
         parts.append(_clock(elapsed))
-        if 0 < self.share < 1:
+        if 0.02 < self.share < 1:  # earlier guesses are wild
             parts.append(f"about {_clock(elapsed * (1 - self.share) / self.share)} left")
         return "  ".join(parts)
 

@@ -36,7 +36,9 @@ class Event(NamedTuple):
     value: Any
 
 
-def drive(programs: Iterable[tuple[Hashable, Steps[Any]]], *, active: int | None = None) -> Iterator[Event | Finished | Failed]:
+def drive(
+    programs: Iterable[tuple[Hashable, Steps[Any]]], *, active: int | None = None
+) -> Iterator[Event | Finished | Failed]:
     """Run programs to their end, yielding what they yield (requests apart) as soon as it happens.
 
     Parameters
@@ -75,11 +77,11 @@ def drive(programs: Iterable[tuple[Hashable, Steps[Any]]], *, active: int | None
                     ready.popleft()
                     yield Failed(key, error)
                 else:
+                    ready.popleft()
                     if isinstance(asked, Request):
-                        ready.popleft()
                         pending.append((key, program, asked))
-                    else:
-                        ready[0] = (key, program, None)
+                    else:  # to the back: chains that ask for nothing take turns
+                        ready.append((key, program, None))
                         yield Event(key, asked)
             pending = _ask(pending, ready)
     finally:
@@ -87,7 +89,9 @@ def drive(programs: Iterable[tuple[Hashable, Steps[Any]]], *, active: int | None
             program.close()
 
 
-def _ask(pending: list[tuple[Hashable, Steps[Any], Request]], ready: deque[tuple[Hashable, Steps[Any], Any]]) -> list[Any]:
+def _ask(
+    pending: list[tuple[Hashable, Steps[Any], Request]], ready: deque[tuple[Hashable, Steps[Any], Any]]
+) -> list[Any]:
     """Let each oracle answer its requests; move what was answered to `ready`, return the rest in order."""
     by_oracle: dict[int, tuple[Oracle, list[int]]] = {}
     for i, (_, _, request) in enumerate(pending):

@@ -17,6 +17,7 @@ import numpy as np
 from powermc.errors import ZeroProbability
 
 X = TypeVar("X")
+X_in = TypeVar("X_in", contravariant=True)
 T = TypeVar("T")
 
 
@@ -104,7 +105,11 @@ class Level(Protocol):
 
 
 class Choices(Protocol):
-    """All randomness of a step. Draws from one object are independent of each other and of those at any other purpose."""
+    """All randomness of a step.
+
+    Draws from one object are independent of each other and of those at any other purpose. A `Choices` that has one
+    may also offer `uniform() -> float`, for models that draw by inverse CDF where their logits are.
+    """
 
     def at(self, purpose: str, index: int = 0) -> Choices:
         """The choices for one purpose; asked again with the same arguments it gives the same numbers."""
@@ -123,14 +128,14 @@ class Choices(Protocol):
         ...
 
 
-class Target(Protocol[X]):
+class Target(Protocol[X_in]):
     """An unnormalised log density over values of type X."""
 
-    def log_density(self, value: X) -> float:
+    def log_density(self, value: X_in) -> float:
         """log pi(value) in nats, up to a constant shared by all values; -inf outside the support."""
         ...
 
-    def missing(self, value: X) -> Request | None:
+    def missing(self, value: X_in) -> Request | None:
         """The request whose answer is `value` with more of it evaluated, or None when `log_density` can be taken."""
         ...
 

@@ -10,14 +10,15 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from powermc.sequences import Space
 from powermc.testing.strategies import Toy
 from powermc.toy import TabularModel
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("ci", max_examples=40, derandomize=True, database=None, **COMMON)
+PHASES = [phase for phase in Phase if phase is not Phase.explain]
+settings.register_profile("ci", max_examples=40, derandomize=True, database=None, phases=PHASES, **COMMON)
 settings.register_profile("dev", max_examples=200, print_blob=True, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

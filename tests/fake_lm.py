@@ -40,7 +40,8 @@ class FakeLM(TabularModel):
         delay: float = 0.0,
     ) -> None:
         table = np.random.default_rng(seed).dirichlet(np.full(len(pieces), 0.5), size=len(pieces) + 1)
-        table = 0.97 * table + 0.03 / len(pieces)
+        table[:, -1] *= 0.2  # paths of some length
+        table = 0.97 * table / table.sum(1, keepdims=True) + 0.03 / len(pieces)
         super().__init__(table / table.sum(1, keepdims=True), 1, resolution)
         extra = {
             "pieces": tuple(pieces),

@@ -32,9 +32,10 @@ class Decoder:
         self.model = model.eval()
         self.config: Any = model.config.get_text_config(decoder=True)
         self.name = type(model).__name__
-        self.body = getattr(model, model.base_model_prefix, None)
-        if self.body is None or model.get_output_embeddings() is None:
+        body, head = getattr(model, model.base_model_prefix, None), model.get_output_embeddings()
+        if body is None or head is None:
             raise ModelError(f"{self.name} is not a causal language model with a separate decoder and head")
+        self.body: Any = body
         attention = self.config._attn_implementation
         if attention not in _ATTENTION:
             raise ModelError(
@@ -43,14 +44,16 @@ class Decoder:
         types = list(getattr(self.config, "layer_types", None) or [])
         unknown = sorted(set(types) - set(_MASKS))
         if unknown:
-            raise ModelError(f"{self.name} has layers of type {', '.join(unknown)}: rows need full or sliding attention")
+            raise ModelError(
+                f"{self.name} has layers of type {', '.join(unknown)}: rows need full or sliding attention"
+            )
         self.window: int | None = getattr(self.config, "sliding_window", None)
         if getattr(self.config, "use_sliding_window", True) is False:
             self.window = None
         self.mask_types = sorted(set(types))
         self.dtype, self.device = model.dtype, model.device
         self.layers: int = self.config.num_hidden_layers
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size: int = head.weight.shape[0]  # type: ignore[assignment]
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         self.rows, self.cache = self._attach(most_rows)
         self.deviation = self._check()
@@ -64,7 +67,9 @@ class Decoder:
         except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ModelError(f"{self.name} does not run on one token: {type(error).__name__}: {error}") from error
         layers = getattr(out.past_key_values, "layers", None)
-        shapes = {(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers or [] if layer.keys is not None}
+        shapes = {
+            (tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers or [] if layer.keys is not None
+        }
         if layers is None or len(layers) != self.layers or len(shapes) != 1 or any(s.keys is None for s in layers):
             raise ModelError(f"{self.name} does not keep one key and value per token, head and layer; it has no rows")
         (key, value) = shapes.pop()
@@ -118,14 +123,12 @@ class Decoder:
         rows.arrange(slots)
         order = sorted(range(n), key=lambda i: slots[i].index)
         slots, tokens = [slots[i] for i in order], [tokens[i] for i in order]
-        ids = torch.zeros(n, q, dtype=torch.long)
-        positions = torch.zeros(n, q, dtype=torch.long)
-        places = torch.full((n, q), rows.length, dtype=torch.long)
-        for i, (slot, new) in enumerate(zip(slots, tokens, strict=True)):
-            at = torch.arange(slot.filled, slot.filled + len(new))
-            ids[i, : len(new)] = torch.tensor(new)
-            positions[i, : len(new)] = places[i, : len(new)] = at
-        ids, positions, places = (x.to(self.device) for x in (ids, positions, places))
+        padding = [q - len(new) for new in tokens]
+        starts = [(slot.filled, len(new)) for slot, new in zip(slots, tokens, strict=True)]
+        ids = [[*new, *[0] * pad] for new, pad in zip(tokens, padding, strict=True)]
+        positions = [[*range(at, at + k), *[at] * pad] for (at, k), pad in zip(starts, padding, strict=True)]
+        places = [[*range(at, at + k), *[rows.length] * pad] for (at, k), pad in zip(starts, padding, strict=True)]
+        ids, positions, places = (torch.tensor(x, device=self.device) for x in (ids, positions, places))
         visible = max(slot.filled + len(new) for slot, new in zip(slots, tokens, strict=True))
         self.cache.aim(places, visible)
         hidden = self.body(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants
 
 from powermc.errors import ArgumentError, ModelError
 
@@ -27,6 +31,8 @@ def load(name: str, *, gguf_file: str | None, dtype: str, device: str) -> tuple[
     from transformers.utils import logging
 
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    if Path(name).is_dir() or constants.HF_HUB_OFFLINE or not _hub_answers():
+        options["local_files_only"] = True
     if gguf_file and any(importlib.util.find_spec(need) is None for need in ("gguf", "accelerate")):
         raise ModelError("reading a GGUF file needs the packages gguf and accelerate: pip install 'powermc[gguf]'")
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -35,9 +41,11 @@ def load(name: str, *, gguf_file: str | None, dtype: str, device: str) -> tuple[
     try:
         # Everything a damaged or foreign checkpoint raises in there is the user's business, whatever its type.
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **options).to(device)
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **options)
+            model = model.to(device)
         except Exception as error:
-            raise ModelError(f"cannot load model {_shown(name, gguf_file)}: {_line(error)}") from error
+            hint = "" if Path(name).is_dir() else "; give a local folder, a hub id that can be reached, or 'smollm2'"
+            raise ModelError(f"cannot load model {_shown(name, gguf_file)}: {_line(error)}{hint}") from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
         except Exception as error:
@@ -58,15 +66,28 @@ def _resolve(name: str, gguf_file: str | None) -> tuple[str, str | None]:
         return (str(found[0].parent), found[0].name) if found else (SMOLLM2, None)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and gguf_file is None:
-        path, gguf_file = path.parent, path.name
-        name = str(path)
+        if not path.is_file():
+            raise ModelError(f"there is no file {name}; give a .gguf file, a model folder, a hub id, or 'smollm2'")
+        return str(path.parent), path.name
     if path.is_dir():
         if gguf_file is not None and not (path / gguf_file).is_file():
             raise ModelError(f"there is no file {gguf_file} in {path}")
         return str(path), gguf_file
-    if gguf_file is not None and path.is_absolute() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"there is no model folder {name}; give a local folder, a hub id, or 'smollm2'")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise ModelError(f"there is no model folder {name!r}; give a local folder, a hub id, or 'smollm2'")
     return name, gguf_file
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached. Without this an unknown name is retried for half a minute when offline."""
+    if getproxies():
+        return True
+    url = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def _shown(name: str, gguf_file: str | None) -> str:

@@ -53,7 +53,9 @@ class CausalLM:
     Raises `ModelError` for models that cannot be driven row by row (see `powermc.lm.decoder`).
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, *, max_rows: int = 64, name: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any = None, *, max_rows: int = 64, name: str | None = None
+    ) -> None:
         if max_rows < 1:
             raise ArgumentError(f"max_rows must be at least 1, got {max_rows}")
         self.decoder = Decoder(model, max_rows)
@@ -183,7 +185,7 @@ class CausalLM:
         return row.length - row.slot.filled
 
     def _run(self, rows: Sequence[ModelRow]) -> None:
-        """Run every token of these rows that has not been run: long stretches in parallel, then one pass for the last."""
+        """Run every token of these rows not yet run: long stretches in parallel, then one pass for the last ones."""
         assert all(row.slot is not None for row in rows)
         self._prefill([(row.slot, row.ids) for row in rows if row.length - row.slot.filled > 1])  # type: ignore[union-attr, misc]
         last = [(row.slot, row.ids) for row in rows if row.length > row.slot.filled]  # type: ignore[union-attr]
@@ -223,7 +225,7 @@ class CausalLM:
                     uniform[i] = stream()
                 elif np.isfinite(logits[i].max()):  # choices that enumerate want the weights
                     token[i] = request.choices.categorical(log_softmax(logits[i], request.exponents[0]))
-            out = softmax_rows(logits, exponents, uniform, token)
+            out = softmax_rows(logits, exponents, uniform, token, torch.get_num_threads())
             for i, (request, ran) in enumerate(chunk):
                 if not out.finite[i]:
                     answers.append(request.row.fail(begin + i))
@@ -270,7 +272,7 @@ class CausalLM:
         todo = [i for i, (prefix, ids) in enumerate(work) if prefix.length < len(ids)]
         rows = self.decoder.rows
         while todo:
-            # Drafts may hold rows; what they leave is used, and one temporary row is always granted.
+            # Drafts may hold every row; the spare one is always there.
             batch, todo = todo[: max(rows.free, 1)], todo[max(rows.free, 1) :]
             slots = [rows.acquire(work[i][0], len(work[i][1])) for i in batch]
             try:
@@ -292,7 +294,10 @@ class CausalLM:
             end = min(begin + _HEAD_ROWS, n)
             logits = self._logits(cache.hidden(first - 1 + begin, first - 1 + end))
             given = np.array(path.tokens[begin:end])
-            parts.append(softmax_rows(logits, exponents.repeat(end - begin, 0), np.full(end - begin, np.nan), given))
+            nothing = np.full(end - begin, np.nan)
+            parts.append(
+                softmax_rows(logits, exponents.repeat(end - begin, 0), nothing, given, torch.get_num_threads())
+            )
             if not parts[-1].finite.all():
                 return _non_finite(row, begin + int(parts[-1].finite.argmin()), path.prompt)
         log_p = np.concatenate([p.log_p for p in parts]) if parts else np.zeros(0)

@@ -93,7 +93,7 @@ class Rows:
     width
         Of the hidden states.
     most
-        The most rows there may ever be.
+        The most rows for drafts. One more can be had for a pass that begins and ends within one call.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class Rows:
 
     @property
     def free(self) -> int:
-        """How many more rows can be acquired."""
-        return self.most - len(self.used)
+        """How many more drafts can have a row."""
+        return max(self.most - len(self.used), 0)
 
     @property
     def bytes_per_token(self) -> int:
@@ -133,7 +133,7 @@ class Rows:
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for `rows` rows of `length` positions; what is in use stays."""
-        rows = max(min(rows, self.most), self.capacity)
+        rows = max(min(rows, self.most + 1), self.capacity)
         length = max(-(-length // _LENGTH_STEP) * _LENGTH_STEP, self.length)
         if (rows, length) == (self.capacity, self.length):
             return
@@ -144,7 +144,7 @@ class Rows:
         self.hidden[:n, :old] = hidden[:n, :old]
 
     def acquire(self, prefix: Prefix, length: int) -> Slot:
-        """A row that holds `prefix`, with room for `length` positions. Call only while `free` > 0."""
+        """A row that holds `prefix`, with room for `length` positions."""
         if len(self.used) == self.capacity or length > self.length:
             self.reserve(max(2 * len(self.used), 1) if len(self.used) == self.capacity else 0, length)
         slot = Slot(len(self.used))

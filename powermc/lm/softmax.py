@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numba
 import numpy as np
 from numba import njit, prange
+
+_WORTH_THREADS = 20_000
 
 
 class Rows(NamedTuple):
@@ -27,7 +30,9 @@ class Rows(NamedTuple):
     slack: np.ndarray
 
 
-def softmax_rows(logits: np.ndarray, exponents: np.ndarray, uniform: np.ndarray, token: np.ndarray) -> Rows:
+def softmax_rows(
+    logits: np.ndarray, exponents: np.ndarray, uniform: np.ndarray, token: np.ndarray, threads: int = 1
+) -> Rows:
     """Evaluate rows of logits.
 
     Parameters
@@ -40,16 +45,19 @@ def softmax_rows(logits: np.ndarray, exponents: np.ndarray, uniform: np.ndarray,
         Shape (A,): the number to draw with, or NaN to take `token` as given.
     token
         Shape (A,): tokens to score where nothing is drawn; -1 for none (log_p is then 0).
+    threads
+        The most threads to use; the result does not depend on it.
     """
     n, e = exponents.shape
-    out = Rows(
-        np.ones(n, np.bool_), token.astype(np.int64), np.zeros(n), np.zeros(n), np.zeros((n, e)), np.ones(n)
-    )
-    _evaluate(logits, exponents, uniform, *out)
+    out = Rows(np.ones(n, np.bool_), token.astype(np.int64), np.zeros(n), np.zeros(n), np.zeros((n, e)), np.ones(n))
+    if threads > 1 and logits.size > _WORTH_THREADS:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        _on_threads(logits, exponents, uniform, *out)
+    else:
+        _on_one(logits, exponents, uniform, *out)
     return out
 
 
-@njit(parallel=True, cache=True, nogil=True)
 def _evaluate(logits, exponents, uniform, finite, token, log_p, entropy, log_z, slack):  # pragma: no cover - compiled
     vocab = logits.shape[1]
     for i in prange(logits.shape[0]):
@@ -100,6 +108,10 @@ def _evaluate(logits, exponents, uniform, finite, token, log_p, entropy, log_z, 
                 slack[i] = min(reached - goal, goal - before) / mass
         if token[i] >= 0:
             log_p[i] = np.float64(row[token[i]]) - top - log_total
+
+
+_on_one = njit(cache=True, nogil=True)(_evaluate)
+_on_threads = njit(parallel=True, cache=True, nogil=True)(_evaluate)
 
 
 def log_softmax(logits: np.ndarray, exponent: float) -> np.ndarray:

@@ -65,7 +65,9 @@ class Space:
         """The path of these tokens, nothing of it evaluated yet. Raises `ArgumentError` if it is none of the space."""
         tokens = tuple(int(t) for t in tokens)
         if not self.contains(tokens):
-            raise ArgumentError(f"tokens {tokens} are not a path: it must end at its first end token or at {self.horizon}")
+            raise ArgumentError(
+                f"tokens {tokens} are not a path: it must end at its first end token or at {self.horizon}"
+            )
         return Path(prompt, tokens, self.ends(tokens))
 
 
@@ -124,7 +126,9 @@ class Path:
         """Whether log p and the log normalisers of these exponents are known."""
         return self.log_p is not None and all(e in self.log_z for e in exponents)
 
-    def with_scores(self, log_p: np.ndarray, entropy: np.ndarray, log_z: Mapping[float, np.ndarray], cache: Any) -> Path:
+    def with_scores(
+        self, log_p: np.ndarray, entropy: np.ndarray, log_z: Mapping[float, np.ndarray], cache: Any
+    ) -> Path:
         """This path with (more of) its evaluation filled in."""
         merged = MappingProxyType({**self.log_z, **log_z})
         return replace(self, log_p=log_p, entropy=entropy, log_z=merged, cache=cache)

@@ -34,6 +34,7 @@ def draft(
     cut. Returns the new path (fully scored), the number of tokens run through the model, and the number of draws
     that rounding could have changed.
     """
+    assert path.log_p is not None, "a draft continues a scored path"
     exponent = 1.0 / temperature
     tokens = path.tokens[:cut]
     drawn: list[tuple[float, float, float]] = []

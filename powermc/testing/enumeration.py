@@ -123,7 +123,9 @@ class Outcome(NamedTuple, Generic[T]):
     probability: float
 
 
-def enumerate_outcomes(programs: Sequence[Callable[[Choices], Steps[T]]], *, active: int = 512) -> list[list[Outcome[T]]]:
+def enumerate_outcomes(
+    programs: Sequence[Callable[[Choices], Steps[T]]], *, active: int = 512
+) -> list[list[Outcome[T]]]:
     """Run every program for every outcome of its choices, many at a time through the scheduler.
 
     Returns one list of leaves per program; their probabilities sum to 1. A `ChainError` in any leaf is raised.

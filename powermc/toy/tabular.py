@@ -81,7 +81,7 @@ class TabularModel:
 
     def log_row(self, context: int) -> tuple[np.ndarray, float]:
         """(log p(. | context), entropy), nats."""
-        log_p, log_z = self.tempered_row(context, 1.0)
+        log_p, _ = self.tempered_row(context, 1.0)
         if (context, 0.0) not in self._memo:
             p = self.table[context]
             self._memo[context, 0.0] = (log_p, -float(np.dot(p[p > 0], log_p[p > 0])))

@@ -15,7 +15,7 @@ import torch
 
 from powermc.choices import Stream
 from powermc.lm import CausalLM
-from powermc.scheduling import Event, Failed, drive, run
+from powermc.scheduling import Event, Failed, Finished, drive, run
 from powermc.sequences import BlockwisePower, Committed, Path, Prompt, Space
 from tests.lm.families import FAMILIES, VOCAB, tiny_model
 
@@ -31,7 +31,9 @@ def end_token(lm: CausalLM) -> int:
     return int((mean - 0.07).abs().argmin())
 
 
-def sample(lm: CausalLM, *, chains: int, prompts: list[Prompt] = PROMPTS, seed: int = 0, **settings: Any) -> dict[Any, list[Committed]]:
+def sample(
+    lm: CausalLM, *, chains: int, prompts: list[Prompt] = PROMPTS, seed: int = 0, **settings: Any
+) -> dict[Any, list[Committed]]:
     """Every committed step of `chains` chains per prompt, by (prompt, chain)."""
     options = {"alpha": 2.0, "temperature": 0.7, "block_size": 5, "steps": 6, **settings}
     schedule = BlockwisePower(lm, Space(frozenset({end_token(lm)}), 15), **options)
@@ -110,6 +112,17 @@ def test_prompts_run_once(family: str) -> None:
     steps = sample(lm, chains=1, seed=1)
     assert lm.ledger.prefilled == sum(len(p.ids) for p in PROMPTS)
     assert steps
+
+
+def test_one_row_many_chains() -> None:
+    """Chains admitted while the only row is held by another's draft still get their prompt run, and agree."""
+    model = tiny_model()
+    lm = CausalLM(model, max_rows=1)
+    schedule = BlockwisePower(lm, Space(frozenset({end_token(lm)}), 9), alpha=2.0, block_size=4, steps=2)
+    programs = ((p.key, schedule.program(Stream(0, prompt=p.key).step, p)) for p in PROMPTS)
+    ends = [o.value.value for o in drive(programs, active=2) if isinstance(o, Finished)]
+    assert len(ends) == len(PROMPTS)
+    assert max(deviation(model, path, 2.0) for path in ends) <= TOLERANCE
 
 
 def test_tokens_run_equal_tokens_decoded() -> None:

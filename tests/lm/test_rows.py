@@ -12,7 +12,9 @@ LAYERS, HEADS, DIM, WIDTH = 2, 2, 3, 4
 
 
 def buffer(most: int = 4) -> Rows:
-    return Rows(LAYERS, (HEADS, DIM), (HEADS, DIM + 1), WIDTH, most=most, dtype=torch.float32, device=torch.device("cpu"))
+    return Rows(
+        LAYERS, (HEADS, DIM), (HEADS, DIM + 1), WIDTH, most=most, dtype=torch.float32, device=torch.device("cpu")
+    )
 
 
 def write(rows: Rows, slot: Slot, values: list[float]) -> None:

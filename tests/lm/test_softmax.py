@@ -29,7 +29,9 @@ def rows(seed: int, n: int, vocab: int, spread: float, dtype: str, banned: float
     banned=st.sampled_from([0.0, 0.6]),
     exponent=st.sampled_from([0.25, 1.0, 4.0]),
 )
-def test_equals_the_plain_form(seed: int, vocab: int, spread: float, dtype: str, banned: float, exponent: float) -> None:
+def test_equals_the_plain_form(
+    seed: int, vocab: int, spread: float, dtype: str, banned: float, exponent: float
+) -> None:
     """log p, entropy, both normalisers and the drawn token; the same uniform gives the same token as `inverse_cdf`."""
     logits = rows(seed, 5, vocab, spread, dtype, banned)
     uniform = np.random.default_rng(seed + 1).random(5)

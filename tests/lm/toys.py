@@ -12,10 +12,18 @@ from tests.lm.families import tiny_model
 PROMPT = Prompt((0, 1, 0, 2), "toy", 7)
 
 
-def toy_lm(vocab: int = 3, *, family: str = "llama", seed: int = 0, max_rows: int = 512, logit_scale: float = 2.5) -> CausalLM:
+def toy_lm(
+    vocab: int = 3, *, family: str = "llama", seed: int = 0, max_rows: int = 512, logit_scale: float = 2.5
+) -> CausalLM:
     """A float64 model whose rows hold both likely and unlikely tokens."""
     ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": vocab - 1, "pad_token_id": 0}
-    shape: dict[str, Any] = {"vocab_size": vocab, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, **ids}
+    shape: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        **ids,
+    }
     if family == "gpt2":
         shape = {"vocab_size": vocab, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, **ids}
     model = tiny_model(family, seed=seed, logit_scale=logit_scale, **shape).double()
