@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from powermc.types import Info
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two lines where there is no terminal."""
@@ -57,8 +57,7 @@ class Progress:
             from rich.live import Live
 
             console = Console(file=self._stream, markup=False, highlight=False, emoji=False)
-            # Only the display may draw while it is up: what libraries print goes above it.
-            self._live = Live(get_renderable=self._render, console=console, transient=True, refresh_per_second=4)
+            self._live = Live(self, console=console, transient=True, refresh_per_second=4)
             self._live.__enter__()
         return self
 
@@ -101,16 +100,19 @@ class Progress:
             parts.append(f"about {_clock(elapsed * (1 - self.share) / self.share)} left")
         return "  ".join(parts)
 
-    def _render(self) -> RenderableType:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
+        line = self.line()
+        room = min(options.max_width - len(line) - 2, 24)
+        if room < 6:
+            yield Text(line, no_wrap=True, overflow="ellipsis")
+            return
         grid = Table.grid(padding=(0, 1))
-        grid.add_column(max_width=24)
-        grid.add_column(no_wrap=True, overflow="ellipsis")
-        grid.add_row(ProgressBar(total=1.0, completed=self.share, width=20), Text(self.line()))
-        return grid
+        grid.add_row(ProgressBar(total=1.0, completed=self.share, width=room), Text(line, no_wrap=True))
+        yield grid
 
 
 def _clock(seconds: float) -> str:

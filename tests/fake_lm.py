@@ -32,7 +32,7 @@ class FakeLM(TabularModel):
         *,
         pieces: Sequence[str] = PIECES,
         seed: int = 0,
-        context: int = 200,
+        context: int = 500,
         max_rows: int = 64,
         resolution: float = 0.0,
         fail_at: Iterable[int] = (),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # A minus sign counts as one where it does not follow a word or a number ("10-3" ends with 3).
-_NUMBER = re.compile(r"((?<![\w.,)])-)?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.(\d+))?")
+_NUMBER = re.compile(r"((?<![\w.,)])-)?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.(\d+))?", re.ASCII)
 
 
 def last_number(text: str) -> str | None:

@@ -46,7 +46,8 @@ class CausalLM:
     Parameters
     ----------
     model, tokenizer
-        A live model in any dtype on any device, and its tokenizer (None: prompts can then only be token ids).
+        A live model in any dtype on any device, put in evaluation mode; and its tokenizer (None: prompts can then
+        only be token ids).
     max_rows
         The most rows that decode side by side; more chains than rows take turns.
 
@@ -91,6 +92,11 @@ class CausalLM:
     @property
     def vocab_size(self) -> int:
         return self.decoder.vocab_size
+
+    @property
+    def max_rows(self) -> int:
+        """The most rows that decode side by side."""
+        return self.decoder.rows.most
 
     @property
     def ignored_warpers(self) -> dict[str, Any]:

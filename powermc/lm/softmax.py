@@ -74,31 +74,42 @@ def _evaluate(logits, exponents, uniform, finite, token, log_p, entropy, log_z, 
             finite[i] = False
             continue
         top = np.float64(peak)
+        base = np.empty(vocab)  # exp(logit - peak)
         total = 0.0
         weighted = 0.0
         for v in range(vocab):
             d = np.float64(row[v]) - top
-            if d > -np.inf:
-                w = np.exp(d)
+            w = np.exp(d)
+            base[v] = w
+            if w > 0.0:
                 total += w
                 weighted += w * d
         log_total = np.log(total)
         entropy[i] = max(log_total - weighted / total, 0.0)
         drawing = uniform[i] == uniform[i]
-        for e in range(exponents.shape[1]):
+        for e in range(exponents.shape[1] - 1, -1, -1):  # the exponent of the draw last: its weights stay
             exponent = exponents[i, e]
+            weights = base if exponent == 1.0 else np.empty(vocab)
             mass = total
             if exponent != 1.0:
                 mass = 0.0
+                squarings = 1 if exponent == 2.0 else 2 if exponent == 4.0 else 3 if exponent == 8.0 else 0
                 for v in range(vocab):
-                    mass += np.exp(exponent * (np.float64(row[v]) - top))
+                    if squarings:  # a power by squaring costs a tenth of another exp
+                        w = base[v]
+                        for _ in range(squarings):
+                            w *= w
+                    else:
+                        w = np.exp(exponent * (np.float64(row[v]) - top))
+                    weights[v] = w
+                    mass += w
                 log_z[i, e] = np.log(mass) - exponent * log_total
             if e == 0 and drawing:
                 goal = uniform[i] * mass
                 reached = 0.0
                 before = 0.0
                 for v in range(vocab):
-                    w = np.exp(exponent * (np.float64(row[v]) - top))
+                    w = weights[v]
                     if w > 0.0:
                         before = reached
                         token[i] = v

@@ -95,7 +95,7 @@ def spaces(draw: st.DrawFn, vocab_size: int, *, horizon: int = 3, stop: bool | N
 @st.composite
 def models(draw: st.DrawFn, space: Space, vocab_size: int, *, zeros: bool = True) -> TabularModel:
     """Tabular models of any order that matters on `space`; contexts that no path reaches get uniform rows."""
-    order = draw(st.integers(0, space.horizon - 1))
+    order = draw(st.sampled_from(range(space.horizon)))
     table = np.full(((vocab_size + 1) ** order, vocab_size), 1.0 / vocab_size)
     flat = TabularModel(table, order)
     for context in sorted({flat.context(prefix) for prefix in prefixes_of(space, vocab_size)}):
