@@ -3,9 +3,9 @@
     python examples/01_toy_target.py --out toy_target.png
 
 A toy language model over three tokens (`a`, `b` and the end token `.`) with paths of up to four tokens: 31 paths, so
-p(x)^4 can be computed by visiting them all. The same law is then sampled with the production kernel, and both are
+p(x)^2 can be computed by visiting them all. The same law is then sampled with the production kernel, and both are
 printed side by side and plotted. Beside them stands what low temperature does to the same model: it sharpens each
-token and so prefers to begin with `a`, where p^4 sharpens whole paths and prefers the steady run of `b`.
+token, and begins with `a` because p does, where p^2 sharpens whole paths and prefers the steady run of `b`.
 
 Takes a few seconds.
 """
@@ -22,7 +22,7 @@ from powermc.testing import frequencies
 from powermc.toy import TabularModel, exact_law
 
 TOKENS = "ab."
-ALPHA = 4.0
+ALPHA = 2.0
 
 # Next-token probabilities of a, b and the end token, given the last token. After `a` everything is open, after `b`
 # the model is nearly certain. The row of the end token is never used: a path stops there.
@@ -46,7 +46,9 @@ def total_variation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).sum() / 2)
 
 
-def plot(file: str, labels: list[str], exact: np.ndarray, sampled: np.ndarray, error: np.ndarray, cold: np.ndarray) -> None:
+def plot(
+    file: str, labels: list[str], exact: np.ndarray, sampled: np.ndarray, error: np.ndarray, cold: np.ndarray
+) -> None:
     """Bars for the exact law, points with two standard errors for the samples, open circles for low temperature."""
     import matplotlib
 
@@ -56,7 +58,7 @@ def plot(file: str, labels: list[str], exact: np.ndarray, sampled: np.ndarray, e
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     at = np.arange(len(labels))
     axes.bar(at, exact, width=0.7, color="#9ecae1", label=f"$p(x)^{ALPHA:g}$, exact")
-    axes.errorbar(at, sampled, 2 * error, fmt="o", color="#08306b", ms=4, capsize=3, label="sampled, ± 2 standard errors")
+    axes.errorbar(at, sampled, 2 * error, fmt="o", color="#08306b", ms=4, capsize=3, label="sampled, ± 2 std. errors")
     axes.plot(at, cold, "o", mfc="none", color="#d94801", label=f"token by token at temperature {1 / ALPHA:g}")
     axes.set_xticks(at, labels, family="monospace")
     axes.set_xlabel("path (. ended, ~ cut by the horizon)")
@@ -106,9 +108,11 @@ def main() -> None:
         )
     # |sampled - exact| of a path is on average sqrt(2 / pi) of its standard error if nothing but chance is at work.
     chance = error.sum() / 2 * math.sqrt(2 / math.pi)
-    print(f"\nacceptance {drawn.infos['accepted'].mean():.2f}, moves that changed the path {drawn.infos['changed'].mean():.2f}")
-    print(f"total variation from p^{ALPHA:g}: sampled {total_variation(sampled, exact):.4f} (chance alone: {chance:.4f}),")
-    print(f"token by token at temperature {1 / ALPHA:g}: {total_variation(cold, exact):.4f}")
+    accepted, changed = (drawn.infos[name].mean() for name in ("accepted", "changed"))
+    print(f"\nmoves accepted {accepted:.2f}, accepted and different from before {changed:.2f}")
+    print(f"total variation from p^{ALPHA:g}:")
+    print(f"  sampled {total_variation(sampled, exact):.4f} (chance alone would give about {chance:.4f})")
+    print(f"  token by token at temperature {1 / ALPHA:g}: {total_variation(cold, exact):.4f}\n")
 
     plot(options.out, [spelled(paths[i]) for i in order], exact[order], sampled[order], error[order], cold[order])
     print(f"plot: {options.out}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from powermc.choices import Stream
 from powermc.errors import ArgumentError, ChainError
 from powermc.results import Chain, Run
-from powermc.sampling import Records, without_cache
+from powermc.sampling import Records, check_callbacks, without_cache
 from powermc.scheduling import Event, Failed, drive
 from powermc.sequences.growth import BlockwisePower, Committed, Grown
 from powermc.sequences.model import Autoregressive
@@ -151,6 +151,7 @@ def power_sample(
     )
     given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
     settings.check_prompts(given)
+    check_callbacks(callbacks)
     if isinstance(model, str | os.PathLike):
         from powermc.lm import CausalLM
 

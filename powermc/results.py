@@ -39,7 +39,8 @@ class Chain:
     text
         The same decoded, without special tokens; None too for a model without a tokenizer.
     draws
-        The path after each kernel step on the last block: the draws from the target over whole paths.
+        The path after each kernel step on the last block: the draws from the target over whole paths. (With scope
+        "block", from the target of the last block given the chain's earlier ones.)
     draw_texts
         The same decoded.
     steps
@@ -201,20 +202,19 @@ class Run:
         blocks = -(-s["max_new_tokens"] // s["block_size"])
         lines = [
             f"{self.model}: target p(x)^{s['alpha']:g}{reward}, proposals at temperature {s['temperature']:g}, "
-            f"cut law {s['cut']}, scope {s['scope']}, seed {s['seed']}",
-            f"{_count(s['chains'], 'chain')}, {_count(s['max_new_tokens'], 'token')} in {_count(blocks, 'block')} "
-            f"of up to {s['block_size']}, {_count(s['steps'], 'step')} after each",
+            f"cut law {s['cut']}",
+            f"{_count(s['chains'], 'chain')}, {_count(s['max_new_tokens'], 'token')} in {_count(blocks, 'block')}, "
+            f"{_count(s['steps'], 'step')} after each, scope {s['scope']}, seed {s['seed']}",
         ]
         if s["scope"] == "block":
-            lines.append(
-                "scope block: each block is exact for p^alpha given its prefix, which is not p^alpha of the whole path"
-            )
+            lines.append("scope block: each block is exact for p^alpha given its prefix,")
+            lines.append("which is not p^alpha of the whole path")
         return lines
 
     def _by_chain(self) -> list[str]:
         lines: list[str] = []
         for p, prompt in enumerate(self.prompts):
-            lines += ["", f"prompt {p}: {shorten(prompt.text, 100)}"]
+            lines += ["", f"prompt {p}: {shorten(prompt.text, 68)}"]
             lines.append("  chain  tokens  end           log p   accepted     of these changed the path")
             for c, chain in enumerate(self.chains[p]):
                 if chain.path is None:
@@ -228,7 +228,7 @@ class Run:
         return lines
 
     def _by_prompt(self) -> list[str]:
-        lines = ["", "prompt  chains  tokens    log p   accepted       of these changed   text"]
+        lines = ["", "prompt  chains  tokens     log p  accepted  of these changed  text"]
         for p, prompt in enumerate(self.prompts[:_MANY_PROMPTS]):
             paths = [chain.path for chain in self.chains[p] if chain.path is not None]
             if not paths:
@@ -237,8 +237,8 @@ class Run:
             steps, accepted, changed = np.sum([self.acceptance(p, c) for c in range(len(self.chains[p]))], axis=0)
             lines.append(
                 f"{p:<6}  {len(paths):>6}  {np.mean([len(x) for x in paths]):>6.1f}  "
-                f"{np.mean([x.log_prob for x in paths]):>7.2f}   {_share(accepted, steps):<13}  "
-                f"{_share(changed, accepted):<16}   {shorten(prompt.text, 40)}"
+                f"{np.mean([x.log_prob for x in paths]):>8.2f}  {_percent(accepted, steps):>8}  "
+                f"{_percent(changed, accepted):>16}  {shorten(prompt.text, 22)}"
             )
         if len(self.prompts) > _MANY_PROMPTS:
             lines.append(f"... and {len(self.prompts) - _MANY_PROMPTS} more prompts")
@@ -249,15 +249,12 @@ class Run:
         depths = ", ".join(f"{n:,} at layers {depth}" for depth, n in cost["tokens_by_depth"].items())
         rate = self.tokens / self.seconds if self.seconds > 0 else 0.0
         lines = [
-            f"cost: {_count(self.tokens, 'token')} evaluated ({depths}) in "
-            f"{_count(self.cost.ticks, 'sequential step')} and {_count(self.cost.prefills, 'prefill')}; "
-            f"{self.seconds:.1f} s, {rate:,.0f} tokens/s"
+            f"cost: {_count(self.tokens, 'token')} evaluated in {self.seconds:.1f} s ({rate:,.0f} tokens/s): {depths};",
+            f"      {_count(self.cost.ticks, 'sequential step')}, {_count(self.cost.prefills, 'prefill')}",
         ]
         if self.resolution > 0:
-            lines.append(
-                f"near-ties (another batch shape could turn them): {_count(ties['tokens'], 'token')} drawn, "
-                f"{_count(ties['accepts'], 'accept decision')}"
-            )
+            drawn, decided = _count(ties["tokens"], "token"), _count(ties["accepts"], "accept decision")
+            lines.append(f"near-ties (another batch shape could turn them): {drawn}, {decided}")
         return lines
 
     def ending(self, prompt: int, chain: int) -> str:
@@ -348,7 +345,11 @@ def _plain(values: np.ndarray) -> list[Any]:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part}/{whole} {part / whole:.0%}" if whole else "-"
+    return f"{part}/{whole} {_percent(part, whole)}" if whole else "-"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "-"
 
 
 def _count(n: int, noun: str) -> str:

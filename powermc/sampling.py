@@ -140,6 +140,7 @@ def sample(
     check_count("warmup", warmup, least=0)
     check_count("thin", thin, least=1)
     check_count("first", first, least=0)
+    check_callbacks(callbacks)
     starts = _starts(initial, chains)
     Stream(seed)
     steps = warmup + draws * thin
@@ -200,6 +201,12 @@ def check_count(name: str, value: Any, *, least: int) -> None:
     """Raise `ArgumentError` unless `value` is an integer >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise ArgumentError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raise `ArgumentError` unless these are functions."""
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise ArgumentError(f"callbacks must be a list of functions, got {callbacks!r}")
 
 
 def without_cache(value: Any) -> Any:

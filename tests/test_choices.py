@@ -75,7 +75,9 @@ def test_a_draw_does_not_shift_another_purpose():
 
 def test_numpy_integers_name_the_same_stream():
     """An index that comes out of an array is the same index (NumPy refuses `int64 & 2**64-1`)."""
-    assert Stream(np.int64(2)).step(np.int64(3)).at("a", np.int32(4)).uniform() == Stream(2).step(3).at("a", 4).uniform()
+    assert (
+        Stream(np.int64(2)).step(np.int64(3)).at("a", np.int32(4)).uniform() == Stream(2).step(3).at("a", 4).uniform()
+    )
 
 
 def test_purposes_nest_and_their_order_counts():

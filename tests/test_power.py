@@ -180,6 +180,8 @@ BAD = [
     ({"stop": [""]}, "stop strings must be strings of at least one character, got ''"),
     ({"stop": [3]}, "stop strings must be strings of at least one character, got 3"),
     ({"reward": 3.0}, "reward must be a function of the generated text, got 3.0"),
+    ({"callbacks": print}, "callbacks must be a list of functions, got <built-in function print>"),
+    ({"callbacks": [1]}, "callbacks must be a list of functions, got [1]"),
     ({"prompts": []}, "no prompt was given"),
     ({"prompts": ""}, "prompt 0 is empty"),
     ({"prompts": ["a", " \n"]}, "prompt 1 is empty"),

@@ -101,10 +101,8 @@ def test_last_number(text, number):
 
 def test_the_summary_states_every_chain(run):
     text = run.summary()
-    assert text.splitlines()[0] == (
-        "fake: target p(x)^2, proposals at temperature 0.5, cut law length, scope sequence, seed 0"
-    )
-    assert "4 chains, 12 tokens in 3 blocks of up to 4, 3 steps after each" in text
+    assert text.splitlines()[0] == "fake: target p(x)^2, proposals at temperature 0.5, cut law length"
+    assert "4 chains, 12 tokens in 3 blocks, 3 steps after each, scope sequence, seed 0" in text
     assert "prompt 1: 'second question'" in text
     for p in range(2):
         for c in range(4):
@@ -115,15 +113,17 @@ def test_the_summary_states_every_chain(run):
             row = rf"  {c} +{len(path)}  {end} +{run.log_p[p][c]:.2f} +{accepted}/9 {accepted / 9:.0%}"
             row += rf" +{changed}/{accepted} {changed / accepted:.0%}" if accepted else " +-"
             assert re.search(row, text), (row, text)
-    assert f"cost: {run.tokens:,} tokens evaluated ({run.tokens:,} at layers 0-2)" in text
-    assert f"{run.cost.ticks} sequential steps and 0 prefills" in text
+    assert f"cost: {run.tokens:,} tokens evaluated in " in text
+    assert f" tokens/s): {run.tokens:,} at layers 0-2;\n" in text
+    assert f"{run.cost.ticks} sequential steps, 0 prefills" in text
     assert "near-ties" not in text
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_summary_of_a_block_run_says_what_it_is_not():
     text = power_sample(FakeLM(), "a", **SMALL, scope="block").summary()
     assert "which is not p^alpha of the whole path" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_summary_names_reward_errors_and_interruptions():
@@ -145,10 +145,10 @@ def test_many_prompts_still_fit_one_screen():
     assert "... and 24 more prompts" in lines
     row = next(line for line in lines if line.startswith("3 "))
     steps, accepted, changed = np.sum([many.acceptance(3, c) for c in range(4)], axis=0)
-    assert f"{accepted}/{steps} {accepted / steps:.0%}" in row
-    assert f"{changed}/{accepted} {changed / accepted:.0%}" in row
-    assert f"{many.log_p[3].mean():.2f}" in row
-    assert row.endswith("'question 3'")
+    assert re.search(
+        rf" {many.log_p[3].mean():.2f} +{accepted / steps:.0%} +{changed / accepted:.0%}  'question 3'", row
+    )
+    assert max(map(len, lines)) <= 80
 
 
 def test_the_summary_shows_a_prompt_safely():
@@ -170,7 +170,7 @@ def test_near_ties_are_counted():
     close = np.abs(info["log_level"] - info["log_ratio"]) < 0.1
     assert coarse.near_ties["accepts"] == close.sum() > 0
     assert coarse.near_ties["tokens"] == 0  # the fake's slack is 1
-    assert f"0 tokens drawn, {close.sum()} accept decision" in coarse.summary()
+    assert f"0 tokens, {close.sum()} accept decision" in coarse.summary()
     every = power_sample(FakeLM(resolution=2.0), "a", **SMALL)
     drawn = int(every.infos[0]["proposal_length"].sum())
     assert every.near_ties["tokens"] == drawn + sum(chain.grown for chain in every.chains[0])

@@ -248,6 +248,7 @@ def test_kept_paths_hold_no_cache():
         ({"draws": 1, "warmup": -1}, "warmup must be an integer >= 0, got -1"),
         ({"draws": 1, "thin": 0}, "thin must be an integer >= 1, got 0"),
         ({"draws": 1, "first": -1}, "first must be an integer >= 0, got -1"),
+        ({"draws": 1, "callbacks": print}, "callbacks must be a list of functions"),
         ({"draws": 1, "seed": -1}, "seed must be an integer >= 0, got -1"),
         ({"draws": 1, "seed": 0.5}, r"seed must be an integer >= 0, got 0\.5"),
     ],

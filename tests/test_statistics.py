@@ -123,9 +123,9 @@ def test_multinomial_p_is_valid_for_every_n(n, law):
 
 def test_the_chi_square_law_is_not_valid_there():
     """Why `multinomial_p` exists: at 7 draws and a rare cell, p <= 1e-9 happens with probability 2e-5."""
+    outcomes = [np.array([7 - k, k]) for k in range(8)]
+    p = [chi_square_p(counts, np.array([0.999, 0.001]), least_expected=0.0) for counts in outcomes]
     with pytest.raises(AssertionError):
-        outcomes = [(7 - k, k) for k in range(8)]
-        p = [chi_square_p(np.array(c), np.array([0.999, 0.001]), least_expected=0.0) for c in outcomes]
         assert_valid(p, stats.binom(7, 0.001).pmf(range(8)))
 
 
@@ -226,7 +226,7 @@ class Generous(Metropolis):
 
 
 def test_a_slightly_wrong_accept_rule_is_caught(peaked):
-    """Accepting with min(1, 1.25 r) moves 2.2% of the pair law, and frequencies by as much: found, for every seed tried."""
+    """Accepting with min(1, 1.25 r) moves 2.2% of the pair law, and the frequencies of values too: found."""
     right = peaked.metropolis(2.0, temperature=1.0)
     law = enumerate_kernel(right, peaked.paths)
     wrong = Generous(right.target, right.proposal)

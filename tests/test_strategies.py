@@ -30,7 +30,7 @@ kernels = toys.toys(max_paths=7).flatmap(
         (toys.toys(), lambda t: (t.model.table == 0).any() and (t.p > 0).sum() > 3),
         (toys.toys(), lambda t: t.power(1.0).max() > 0.9 and (t.p > 0).sum() > 10),
         (toys.toys(), lambda t: len(t.space.eos) == 2),
-        (toys.toys(), lambda t: t.space.stop is not None and any(x.finished and x.tokens[-1] not in t.space.eos for x in t.paths)),
+        (toys.toys(), lambda t: any(x.finished and x.tokens[-1] not in t.space.eos for x in t.paths)),
         (toys.toys(), lambda t: t.space.horizon == 4 and t.model.order == 3),
         (toys.toys(), lambda t: t.space.horizon == 3 and t.model.order == 0),
         (toys.toys(max_paths=40), lambda t: t.model.vocab_size == 4 and t.space.horizon == 3),

@@ -61,7 +61,7 @@ def test_no_two_addresses_share_a_number():
 
 
 def test_two_prompts_never_share_a_stream():
-    """Keys of 128 bits, all different for a grid of (seed, prompt, chain, replica); also where the words are swapped."""
+    """Keys of 128 bits, all different on a grid of (seed, prompt, chain, replica); also where words are swapped."""
     keys = {Stream(s, prompt=p, chain=c, replica=r)._key for s, p, c, r in product(range(6), repeat=4)}
     assert len(keys) == 6**4
     assert len({half for key in keys for half in key}) == 2 * 6**4
@@ -72,7 +72,7 @@ def test_the_order_of_other_draws_is_irrelevant():
         step = Stream(2, chain=1).step(9)
         found = {}
         for purpose, index in order:
-            found[purpose, index] = [step.at(purpose, index).uniform() for _ in range(2)][0]
+            found[purpose, index] = step.at(purpose, index).uniform()
             Stream(2, chain=2).step(9).at(purpose, index).uniform()
         return found
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -118,8 +117,7 @@ def sample(
     options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows}
     source = Source(question, file, demo)
     settings = {name: value for name, value in given.items() if value is not None}
-    code = run(source, model, options, settings, out=out, as_json=json, quiet=quiet)
-    raise typer.Exit(code)
+    raise typer.Exit(_guard(lambda: run(source, model, options, settings, out=out, as_json=json, quiet=quiet)))
 
 
 @app.command()
@@ -135,7 +133,21 @@ def doctor(
     """
     from powermc.cli.doctor import run
 
-    run(model, {"gguf_file": gguf_file, "dtype": dtype, "device": device})
+    raise typer.Exit(_guard(lambda: run(model, {"gguf_file": gguf_file, "dtype": dtype, "device": device})))
+
+
+def _guard(command: Callable[[], int]) -> int:
+    """Run a command; an error made on purpose becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        return command()
+    except PowermcError as error:
+        from powermc.cli.show import visible
+
+        print(f"error: {visible(str(error)).strip()}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was drawn", file=sys.stderr)
+        return 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,15 +159,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(args=None if arguments is None else list(arguments), prog_name="powermc")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 2
-    except PowermcError as error:
-        from powermc.cli.show import visible
-
-        print(f"error: {visible(str(error)).strip()}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was drawn", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return 0

@@ -11,6 +11,7 @@ from rich.console import Console
 from powermc.cli.show import names, say, texts
 from powermc.evaluation import last_number
 from powermc.results import Run
+from powermc.sequences import default_temperature
 from powermc.settings import Settings
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 96, "steps": 4}
@@ -32,18 +33,16 @@ def questions() -> list[Question]:
 
 def introduce(out: Console, model: str, settings: Settings) -> None:
     """Say what is about to happen."""
-    temperature = settings.schedule(None, None, str).q_temperature  # type: ignore[arg-type]
+    temperature = default_temperature(settings.alpha) if settings.temperature is None else settings.temperature
     say(
         out,
         f"powermc demo: {len(questions())} grade-school maths questions for a small language model, {model}.\n\n"
         "A low temperature sharpens every token by itself. "
         f"The power distribution p(x)^{settings.alpha:g} sharpens whole answers: one that is twice as probable under "
-        f"the model is drawn {2**settings.alpha:g} times as often. "
-        "It cannot be drawn from token by token, so each chain\n"
-        f"  1. extends its answer by {settings.block_size} tokens, drawn at temperature {temperature:g};\n"
-        f"  2. proposes {settings.steps} times to cut the answer somewhere and to write the rest anew, and lets the "
-        "Metropolis-Hastings rule decide which version stays;\n"
-        f"  3. goes on until the answer ends or has {settings.max_new_tokens} tokens.\n"
+        f"the model is drawn {2**settings.alpha:g} times as often. It cannot be drawn token by token, so each chain "
+        f"extends its answer by {settings.block_size} tokens, drawn at temperature {temperature:g}, and then proposes "
+        f"{settings.steps} times to cut it somewhere and to write the rest anew. The Metropolis-Hastings rule decides "
+        f"which version stays. Then come the next {settings.block_size} tokens, up to {settings.max_new_tokens}.\n\n"
         "The rule is exact: run for long, it draws answers in proportion to p(x)^alpha, whatever the proposals. "
         f"Here it runs for a minute or so, {settings.chains} chains per question, all in one batch.\n",
     )
@@ -63,14 +62,17 @@ def conclude(out: Console, run: Run) -> None:
         for c, answer in given:
             by_answer.setdefault(answer, []).append(c)
         votes = [f"{answer or 'no number'} ({names('chain', chains)})" for answer, chains in by_answer.items()]
-        majority = answers.most_common(1)[0][0] if answers else None
-        right += majority == reference
+        top = answers.most_common(2)
+        tie = len(top) == 2 and top[0][1] == top[1][1]
+        majority = top[0][0] if top and not tie else None
+        good = majority == reference
+        right += good
         say(out, f"Last number of each answer: {'; '.join(votes) if votes else 'none finished'}", indent=2)
-        verdict = "right" if majority == reference else "wrong"
         say(
             out,
-            f"Majority answer: {majority or 'none'}. Reference answer: {reference}. The majority is {verdict}.\n",
-            "bold green" if majority == reference else "bold yellow",
+            f"Majority answer: {majority or 'none'}{' (a tie)' if tie else ''}. Reference answer: {reference}. "
+            f"The majority is {'right' if good else 'wrong'}.\n",
+            "bold green" if good else "bold yellow",
             indent=2,
         )
     say(out, f"{right} of {len(asked)} majority answers are right.\n", "bold")

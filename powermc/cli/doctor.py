@@ -28,8 +28,8 @@ PACKAGES = (
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def run(model: str | None, options: dict[str, Any]) -> None:
-    """Print the report. Raises `ModelError` for a model that cannot be used."""
+def run(model: str | None, options: dict[str, Any]) -> int:
+    """Print the report; returns the exit code. Raises `ModelError` for a model that cannot be used."""
     out = console()
     say(out, f"powermc {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     say(out, "\npackages", "bold")
@@ -48,13 +48,14 @@ def run(model: str | None, options: dict[str, Any]) -> None:
         say(out, f"{dtype:<14} {_speed(dtype, options['device'])}", indent=2)
     if model is None:
         say(out, "\nno model checked; name one with --model")
-        return
+        return 0
     loaded: Any = load(model, options, console(sys.stderr), quiet=False)
     say(out, f"\nmodel {model}", "bold")
     facts = loaded.describe()
     width = max(map(len, facts))
     for name, value in facts.items():
         say(out, f"{name.replace('_', ' '):<{width}}  {_fact(name, value)}", indent=2)
+    return 0
 
 
 def _version(package: str) -> str:

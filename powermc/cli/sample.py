@@ -65,6 +65,7 @@ def run(
     if as_json:
         json.dump(result.to_dict(), stdout, allow_nan=False, default=str)
         stdout.write("\n")
+        stdout.flush()  # a closed pipe shows here, not when the interpreter ends
     elif source.demo:
         demo.conclude(console(), result)
     else:

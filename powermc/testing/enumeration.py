@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple
 
@@ -228,22 +229,22 @@ def two_step_matrix(transitions: Transitions[X], *, active: int = 512) -> np.nda
     second = _matrix(transitions.values, _leaves(transitions.kernel, distinct, active))
     weighted = second[place] * np.array([leaf.probability for leaf in flat])[:, None]
     bounds = np.cumsum([0, *(len(leaves) for leaves in transitions.leaves)])
-    return np.array([weighted[a:b].sum(0) for a, b in zip(bounds, bounds[1:], strict=False)])
+    return np.array([weighted[a:b].sum(0) for a, b in pairwise(bounds)])
 
 
 def _fingerprint(value: Any) -> Hashable:
     """Equal for two values only if no step could tell them apart: plain data by content, all else by identity."""
-    kind = type(value)
+    kind: Any = type(value)
     if value is None or kind in (bool, int, str, bytes):
         return kind, value
     if kind is float:
         return kind, value.hex()
-    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
-        return kind, value.dtype.str, value.shape, value.tobytes()
     if kind in (tuple, list):
         return kind, tuple(map(_fingerprint, value))
     if kind in (dict, MappingProxyType):
         return kind, tuple((_fingerprint(k), _fingerprint(v)) for k, v in value.items())
+    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        return kind, value.dtype.str, value.shape, value.tobytes()
     if is_dataclass(value) and not isinstance(value, type):
         names = dict.fromkeys([*(f.name for f in fields(value)), *getattr(value, "__dict__", ())])
         return kind, tuple((name, _fingerprint(getattr(value, name))) for name in names)

@@ -114,11 +114,11 @@ def bounded_mean_p(values: np.ndarray, mean: float) -> float:
     stakes = 0.99 * 2.0 ** -np.arange(10)
     bets = np.concatenate((stakes / mean, -stakes / (1 - mean)))
     log_wealth = np.log1p(bets[:, None] * (values.clip(0, 1) - mean)).sum(1)
-    return float(np.exp(min(0.0, math.log(len(bets)) - special.logsumexp(log_wealth))))
+    return math.exp(min(0.0, math.log(len(bets)) - float(np.logaddexp.reduce(log_wealth))))
 
 
 class Round(NamedTuple):
-    """One round of a sequential test: n samples gave q, compared with `fail` (at or below) and `go_on` (at or below)."""
+    """One round of a sequential test: n samples gave q. At or below `fail` it fails, at or below `go_on` it goes on."""
 
     n: int
     q: float
@@ -248,7 +248,9 @@ def assert_streams(
         found_p = [multinomial_p(counts, p) for _, counts, p in comparisons]
         i = int(np.argmin(found_p))
         variation = np.abs(comparisons[i][1] / size - comparisons[i][2]).sum() / 2
-        worst.append(f"{comparisons[i][0]} are {variation:.3f} from their law in total variation (p = {found_p[i]:.2g})")
+        worst.append(
+            f"{comparisons[i][0]} are {variation:.3f} from their law in total variation (p = {found_p[i]:.2g})"
+        )
         return found_p
 
     verdict = sequential_test(p_values, n=n, false_positives=false_positives, rounds=rounds, growth=growth)

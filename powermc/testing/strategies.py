@@ -14,6 +14,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,9 @@ def path_targets(toy: Toy) -> st.SearchStrategy[Target[Path]]:
     def composed(reward: Table[Path]) -> st.SearchStrategy[Target[Path]]:
         tilted = powers.map(lambda base: Tilted(base, reward.log_density))
         product = powers.map(lambda base: Product((base, reward)))
-        bridge = st.builds(lambda base, beta: Tempered(p, Product((base, reward)), beta), powers, st.sampled_from(_BETAS))
+        bridge = st.builds(
+            lambda base, beta: Tempered(p, Product((base, reward)), beta), powers, st.sampled_from(_BETAS)
+        )
         return st.one_of(tilted, product, bridge)
 
     return st.one_of(powers, rewards(toy).flatmap(composed))
@@ -256,7 +259,7 @@ class Graph:
 def graphs(draw: st.DrawFn, values: Sequence[Any]) -> Graph:
     """Symmetric graphs of uneven degree on the values: a path, and any other edges, loops included; it is connected."""
     values = tuple(values)
-    path = {(a, b) for a, b in zip(values, values[1:], strict=False)}
+    path = {(a, b) for a, b in pairwise(values)}
     pairs = [(a, b) for i, a in enumerate(values) for b in values[i:]]
     more = draw(st.lists(st.sampled_from(pairs), max_size=4))
     return Graph(frozenset(path | set(more)), values)

@@ -324,4 +324,3 @@ MUTANTS = {
     "log Z of another temperature": _case(_mixture(proposal=AnyLogZ), "carries_state"),
     "exponent applied twice": _case(_kernel(AlphaTwice), "invariant", "reversible"),
 }
-

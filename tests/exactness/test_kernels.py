@@ -98,7 +98,10 @@ def test_compositions_are_sums_and_products_of_matrices(data):
     """Mixture = sum of w_i P_i and Cycle = P_1 P_2, nested ones included. Catches weights that are not normalised,
     components run in the wrong order, and numbers shared between components."""
     toy = data.draw(toys.toys(max_paths=7))
-    parts = [toy.metropolis(2.0, q.cuts, q.temperature) for q in data.draw(st.lists(toys.suffixes(toy), min_size=2, max_size=2))]
+    parts = [
+        toy.metropolis(2.0, q.cuts, q.temperature)
+        for q in data.draw(st.lists(toys.suffixes(toy), min_size=2, max_size=2))
+    ]
     p, q = (enumerate_kernel(kernel, toy.paths).matrix for kernel in parts)
     mixture = Mixture(parts, [3.0, 1.0])
     for kernel, matrix in [
@@ -118,12 +121,19 @@ def test_compositions_are_sums_and_products_of_matrices(data):
 def test_cycles(data):
     """Invariant though not reversible; and a cycle really is not, or `reversible=False` would hide nothing."""
     toy = data.draw(toys.toys(max_paths=7))
-    cycle = Cycle([toy.metropolis(4.0, q.cuts, q.temperature) for q in data.draw(st.lists(toys.suffixes(toy), min_size=1, max_size=2))])
+    cycle = Cycle(
+        [
+            toy.metropolis(4.0, q.cuts, q.temperature)
+            for q in data.draw(st.lists(toys.suffixes(toy), min_size=1, max_size=2))
+        ]
+    )
     prove(cycle, toy.paths, reversible=len(cycle.kernels) == 1, law=toy.power(4.0))
 
 
 def test_a_cycle_is_not_reversible(peaked):
-    cycle = Cycle([peaked.metropolis(4.0), peaked.metropolis(4.0, cut_law("horizon", start=2, horizon=3, block_size=1))])
+    cycle = Cycle(
+        [peaked.metropolis(4.0), peaked.metropolis(4.0, cut_law("horizon", start=2, horizon=3, block_size=1))]
+    )
     with pytest.raises(AssertionError, match="is unbalanced"):
         prove(cycle, peaked.paths, carried=False)
 

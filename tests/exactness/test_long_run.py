@@ -3,12 +3,12 @@
 Chains start from exact draws of pi and are independent of each other, so every x_t has law pi and two statements hold
 for any seed, with nothing assumed about mixing that is not proved from the table:
 
-1. Total variation over all paths. The kernel has P(x, y) >= e pi(y) with e = 1 / (T max_x pi(x)/q(x)): a cut at 0 has
-   probability 1/L(x) >= 1/T, and then P(x, y) >= min(q(y)/T, pi(y)/(T w(x))) with w = pi/q. So P = e Pi + (1 - e) R with
-   R invariant, hence of norm <= 1 on L2(pi), and an average of f over S steps has variance <= var f min(1, (2 - e)/(e S)):
-   n chains are worth at least ESS = n / min(1, (2 - e)/(e S)) independent draws. Then E TV <= sum_x sqrt(pi_x (1 - pi_x)
-   / ESS) / 2, and by McDiarmid (one chain moves the empirical law by at most 1/n) TV stays below
-   E TV + sqrt(log(1/rate) / 2n) except with probability `rate`.
+1. Total variation over all paths. The kernel has P(x, y) >= e pi(y) with e = 1 / (T max_x w(x)), w = pi/q: a cut at 0
+   has probability 1/L(x) >= 1/T, and then P(x, y) >= min(q(y), pi(y)/w(x)) / T. So P = e Pi + (1 - e) R with R
+   invariant, hence of norm <= 1 on L2(pi), and an average of f over S steps has variance
+   <= var f min(1, (2 - e)/(e S)): n chains are worth at least ESS = n / min(1, (2 - e)/(e S)) independent draws. Then
+   E TV <= sum_x sqrt(pi_x (1 - pi_x) / ESS) / 2, and by McDiarmid (one chain moves the empirical law by at most 1/n)
+   TV stays below E TV + sqrt(log(1/rate) / 2n) except with probability `rate`.
 2. Each of a fixed list of functions with values in [0, 1] (lengths, tokens, likelihood, random sets of paths): the n
    averages along chains are independent with mean pi f, so `bounded_mean_p` applies; Bonferroni over the list. It
    adapts to the true effective sample size, and is the sharper of the two.
