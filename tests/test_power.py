@@ -29,6 +29,7 @@ from powermc import (
 from powermc.power import distinct, work
 from powermc.settings import Settings
 from powermc.testing import enumerate_outcomes, paths_of
+from powermc.toy.tabular import TabularRow
 from tests.fake_lm import EOS, FakeLM, score
 
 SMALL = {"max_new_tokens": 12, "block_size": 4, "steps": 3, "chains": 2, "alpha": 2.0}
@@ -96,6 +97,21 @@ def test_the_ledger_holds_this_run_only_and_every_token():
     grown = sum(chain.grown for chain in run.chains[0])
     assert run.cost.decoded == proposed + grown
     assert run.tokens == run.cost.decoded + run.cost.prefilled
+
+
+def test_kept_paths_hold_no_activations():
+    class Row(TabularRow):
+        def cache(self):
+            return "activations"
+
+    class Caching(FakeLM):
+        def branch(self, path, cut):
+            return Row(self, self.context(path.tokens[:cut]))
+
+    seen = []
+    run = power_sample(Caching(), "a", **SMALL, callbacks=[lambda p, c, s, state, i: seen.append(state.value.cache)])
+    assert set(seen) == {"activations"}
+    assert {path.cache for chain in run.chains[0] for path in (chain.path, *chain.draws)} == {None}
 
 
 def test_no_steps_is_growth_alone():

@@ -212,7 +212,7 @@ def test_production_streams_realise_the_enumerated_law(peaked):
 
 
 class Generous(Metropolis):
-    """Accepts with min(1, 1.25 r)."""
+    """Accepts with min(1, 1.5 r)."""
 
     def step(self, choices, state):
         move = yield from self.proposal.propose(choices.at("proposal"), state.value)
@@ -220,20 +220,20 @@ class Generous(Metropolis):
             return State(move.origin, state.log_density), {}
         value, log_density = yield from evaluate(self.target, move.value)
         log_ratio = log_density - state.log_density + move.log_hastings
-        if choices.at("accept").level().below(log_ratio + math.log(1.25)):
+        if choices.at("accept").level().below(log_ratio + math.log(1.5)):
             return State(value, log_density), {}
         return State(move.origin, state.log_density), {}
 
 
 def test_a_slightly_wrong_accept_rule_is_caught(peaked):
-    """Accepting with min(1, 1.25 r) moves 2.2% of the pair law, and the frequencies of values too: found."""
+    """Accepting with min(1, 1.5 r) moves 4.5% of the pair law, and the frequencies of values too: found."""
     right = peaked.metropolis(2.0, temperature=1.0)
     law = enumerate_kernel(right, peaked.paths)
     wrong = Generous(right.target, right.proposal)
     variation = np.abs(law.pi[:, None] * (enumerate_kernel(wrong, peaked.paths).matrix - law.matrix)).sum() / 2
-    assert 0.02 < variation < 0.025
+    assert 0.04 < variation < 0.05
     with pytest.raises(AssertionError, match="the streams do not realise the enumerated law"):
-        assert_streams(wrong, peaked.paths, law=law, n=20_000, steps=2)
+        assert_streams(wrong, peaked.paths, law=law, n=5_000, steps=2)
 
 
 class Skewed(Stream):

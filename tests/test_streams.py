@@ -149,10 +149,10 @@ def test_a_level_is_below_a_bound_with_that_probability():
 
 
 def test_steps_of_a_chain_are_as_good_as_steps_of_fresh_chains(peaked):
-    """20 steps with the state carried over, the pairs of the last one: streams do not correlate along a chain.
+    """10 steps with the state carried over, the pairs of the last one: streams do not correlate along a chain.
     False positives 1e-6."""
     kernel = Mixture([peaked.metropolis(1.0), peaked.metropolis(1.0, Entropy(), 2.0)], [0.5, 0.5])
-    assert_streams(kernel, peaked.paths, n=1000, steps=20)
+    assert_streams(kernel, peaked.paths, n=1000, steps=10)
 
 
 # Same seed, same tokens

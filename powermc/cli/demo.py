@@ -44,7 +44,7 @@ def introduce(out: Console, model: str, settings: Settings) -> None:
         f"{settings.steps} times to cut it somewhere and to write the rest anew. The Metropolis-Hastings rule decides "
         f"which version stays. Then come the next {settings.block_size} tokens, up to {settings.max_new_tokens}.\n\n"
         "The rule is exact: run for long, it draws answers in proportion to p(x)^alpha, whatever the proposals. "
-        f"Here it runs for a minute or so, {settings.chains} chains per question, all in one batch.\n",
+        f"Here it runs for a minute or two, {settings.chains} chains per question, all in one batch.\n",
     )
 
 
@@ -62,19 +62,18 @@ def conclude(out: Console, run: Run) -> None:
         for c, answer in given:
             by_answer.setdefault(answer, []).append(c)
         votes = [f"{answer or 'no number'} ({names('chain', chains)})" for answer, chains in by_answer.items()]
+        say(out, f"Last number of each answer: {'; '.join(votes) if votes else 'none finished'}", indent=2)
         top = answers.most_common(2)
-        tie = len(top) == 2 and top[0][1] == top[1][1]
-        majority = top[0][0] if top and not tie else None
+        if not top or (len(top) == 2 and top[0][1] == top[1][1]):
+            say(out, f"Majority answer: none. Reference answer: {reference}.\n", "bold yellow", indent=2)
+            continue
+        majority, count = top[0]
         good = majority == reference
         right += good
-        say(out, f"Last number of each answer: {'; '.join(votes) if votes else 'none finished'}", indent=2)
-        say(
-            out,
-            f"Majority answer: {majority or 'none'}{' (a tie)' if tie else ''}. Reference answer: {reference}. "
-            f"The majority is {'right' if good else 'wrong'}.\n",
-            "bold green" if good else "bold yellow",
-            indent=2,
-        )
+        votes_for = f"{majority} ({count} of {len(run.chains[p])} chains)"
+        verdict = f"Reference answer: {reference}. {'Right' if good else 'Wrong'}."
+        style = "bold green" if good else "bold yellow"
+        say(out, f"Majority answer: {votes_for}. {verdict}\n", style, indent=2)
     say(out, f"{right} of {len(asked)} majority answers are right.\n", "bold")
     say(out, run.summary())
     say(

@@ -69,7 +69,10 @@ def _silence(stack: ExitStack) -> None:
 
 
 def _read_gguf_once(stack: ExitStack) -> None:
-    """Share one parse of the file between configuration, weights and tokenizer, which would each read it anew (12 s against 24)."""
+    """Share one parse of the file between configuration, weights and tokenizer, which each read it anew.
+
+    Reading the 92 MB of SmolLM2 takes half the time with it.
+    """
     import gguf
 
     for name in ("GGUFReader", "get_tensor_name_map"):

@@ -126,10 +126,10 @@ def function_p(setting, seen):
 
 
 def measured_ess(setting, seen):
-    """Per test function: variance under pi over the variance of the grand mean, as the chains show it."""
-    averages = setting.functions[:, seen].mean(2)
+    """Per test function that varied: variance under pi over the variance of the grand mean, as the chains show it."""
+    variance = setting.functions[:, seen].mean(2).var(1, ddof=1) / seen.shape[0]
     spread = (setting.functions**2) @ setting.pi - (setting.functions @ setting.pi) ** 2
-    return spread / (averages.var(1, ddof=1) / seen.shape[0])
+    return spread[variance > 0] / variance[variance > 0]
 
 
 def wrong_kernel(setting, kind):
@@ -143,9 +143,9 @@ def test_the_functions_match_the_law_in_twenty_thousand_transitions(setting):
     assert function_p(setting, seen) > RATE
 
 
-@pytest.mark.parametrize("kind", [NoCutRatio, NoLogZ])
-def test_a_dropped_term_is_seen_in_twenty_thousand_transitions(kind, setting):
-    seen = visits(setting, wrong_kernel(setting, kind), chains=1000, steps=20)
+@pytest.mark.parametrize(("kind", "chains"), [(NoCutRatio, 500), (NoLogZ, 1000)])
+def test_a_dropped_term_is_seen_in_twenty_thousand_transitions(kind, chains, setting):
+    seen = visits(setting, wrong_kernel(setting, kind), chains=chains, steps=20)
     assert function_p(setting, seen) <= RATE
 
 
