@@ -65,6 +65,7 @@ class CausalLM:
         self.ledger = Ledger(layers=self.decoder.layers)
         self.resolution = _RESOLUTION.get(self.decoder.dtype, 1e-2)
         self._prompts: WeakValueDictionary[tuple[int, Tokens], Segment] = WeakValueDictionary()
+        self._parameters = list(model.parameters())
         self._recent: deque[Segment] = deque(maxlen=_RECENT_PROMPTS)
 
     @classmethod
@@ -270,7 +271,7 @@ class CausalLM:
 
     def _weights(self) -> int:
         """A number that changes when the owner of a live model trains it: cached prompts are then out of date."""
-        return sum(p._version for p in self.decoder.model.parameters())
+        return sum(p._version for p in self._parameters)
 
     def _prefixes(self, work: Sequence[tuple[Prefix, Tokens]]) -> list[Prefix]:
         """Each prefix extended to cover all of its ids."""
