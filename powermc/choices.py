@@ -98,7 +98,7 @@ class Stream:
         """The next number of this stream, uniform on (0, 1), never 0 or 1."""
         word = _philox(self._key, (self._drawn, self._index, self._purpose, self._step))
         self._drawn += 1
-        return ((word >> 11) + 0.5) * 2.0**-53
+        return ((word >> 12) + 0.5) * 2.0**-52  # 53 bits would round up to 1
 
     def categorical(self, log_weights: np.ndarray) -> int:
         return inverse_cdf(log_weights, self.uniform())

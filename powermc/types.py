@@ -50,6 +50,8 @@ class _Pending:
 
 PENDING = _Pending()
 
+_MOST_COMPLETIONS = 100
+
 Steps: TypeAlias = Generator[Any, Any, T]
 """A computation that yields requests (and, in a chain's program, events), is sent answers, and returns a T."""
 
@@ -171,10 +173,16 @@ class Kernel(Protocol[X]):
 
 
 def evaluate(target: Target[X], value: X) -> Steps[tuple[X, float]]:
-    """Complete `value` as far as `target` needs; return it with log pi(value)."""
-    while (request := target.missing(value)) is not None:
+    """Complete `value` as far as `target` needs; return it with log pi(value).
+
+    Raises `RuntimeError` for a target that is never satisfied by the answers it asked for.
+    """
+    for _ in range(_MOST_COMPLETIONS):
+        request = target.missing(value)
+        if request is None:
+            return value, target.log_density(value)
         value = yield request
-    return value, target.log_density(value)
+    raise RuntimeError(f"{target!r} still misses something of {value!r} after {_MOST_COMPLETIONS} answers")
 
 
 def start(target: Target[X], value: X) -> Steps[State[X]]:

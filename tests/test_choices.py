@@ -93,10 +93,13 @@ def test_purposes_nest_and_their_order_counts():
     assert len(set(numbers)) == len(numbers)
 
 
-def test_uniforms_lie_strictly_inside_the_unit_interval():
-    """log u must be finite: a level of -inf would accept anything."""
-    s = Stream(1)
-    assert all(0 < s.uniform() < 1 for _ in range(1000))
+@pytest.mark.parametrize("word", [0, 1, 2**63, 2**64 - 1])
+def test_uniforms_lie_strictly_inside_the_unit_interval(word, monkeypatch):
+    """At every word, the largest too: log u must be finite, and u = 1 is above every bound."""
+    monkeypatch.setattr("powermc.choices._philox", lambda key, counter: word)
+    assert 0 < Stream(1).uniform() < 1
+    assert Stream(1).level().below(0.0)
+    assert Stream(1).integers(7) in (0, 3, 6)
 
 
 def test_level_is_drawn_once():

@@ -28,7 +28,7 @@ def test_philox_is_numpys_at_the_same_key_and_counter():
         for draw in range(6):
             reference = np.random.Philox(key=np.array(key, np.uint64), counter=np.array([draw, *counter], np.uint64))
             word = int(reference.random_raw())
-            assert stream.uniform() == ((word >> 11) + 0.5) * 2.0**-53
+            assert stream.uniform() == ((word >> 12) + 0.5) * 2.0**-52
 
 
 def test_philox_known_answer():
@@ -49,7 +49,7 @@ def addresses():
 
 
 def test_no_two_addresses_share_a_number():
-    """About 5,600 numbers of 53 bits: by chance any two agree with probability 2e-9. Catches a coordinate that does
+    """About 5,600 numbers of 52 bits: by chance any two agree with probability 4e-9. Catches a coordinate that does
     not enter the key or the counter, and draws of one address that are the first draws of the next."""
     numbers = {}
     for label, stream in addresses():

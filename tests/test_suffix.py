@@ -15,8 +15,18 @@ from powermc.errors import ArgumentError
 from powermc.kernels import Metropolis, Mixture
 from powermc.proposals import Independent
 from powermc.scheduling import run
-from powermc.sequences import Entropy, Horizon, Length, Prompt, Space, Suffix, default_temperature, draft
-from powermc.targets import Table
+from powermc.sequences import (
+    Entropy,
+    Horizon,
+    Length,
+    Prompt,
+    SequenceProbability,
+    Space,
+    Suffix,
+    default_temperature,
+    draft,
+)
+from powermc.targets import Power, Table
 from powermc.testing import enumerate_kernel, enumerate_outcomes, prove
 from powermc.testing import strategies as toys
 from powermc.toy import TabularModel
@@ -150,12 +160,21 @@ def test_a_tail_that_q_could_not_draw_stays_and_a_mixture_repairs_it(data):
     prove(Mixture([narrow, anywhere], [0.9, 0.1]), toy.paths)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a Path does not know which model its scores are from")
 def test_proposals_from_two_models_in_one_mixture(peaked):
-    """The second model takes the first one's log p and log Z for its own once the state is carried over."""
+    """Each model scores the path anew rather than take the other's log p and log Z for its own."""
     other = replace(peaked, model=TabularModel.random(0, vocab_size=3, order=1))
     target = Table({x: -0.3 * i for i, x in enumerate(peaked.paths)})
     prove(Mixture([Metropolis(target, toy.suffix()) for toy in (peaked, other)], [0.5, 0.5]), peaked.paths)
+
+
+def test_proposals_from_another_model_than_the_target(peaked):
+    """The target p^alpha is that of its own model, whichever model drew the path."""
+    other = replace(peaked, model=TabularModel.random(0, vocab_size=3, order=1))
+    target = Power(SequenceProbability(peaked.model), 2.0)
+    found = prove(Metropolis(target, other.suffix()), peaked.paths)
+    own = enumerate_kernel(peaked.metropolis(2.0), peaked.paths)
+    assert np.abs(found.pi - own.pi).max() < 1e-12
+    assert np.abs(found.matrix - own.matrix).max() > 0.01
 
 
 def test_draft_names_every_position_its_own_stream(peaked):
@@ -235,4 +254,4 @@ def test_the_null_move_of_a_rescored_path_keeps_its_scores(peaked):
     found = enumerate_kernel(kernel, peaked.paths)
     stayed = [leaf.value for leaf in found.leaves[-1] if leaf.value[1]["null"]]
     assert [info["cut"] for _, info in stayed] == [1, 2]
-    assert all(state.value.scored((2.0,)) for state, _ in stayed)
+    assert all(state.value.scored(peaked.model, (2.0,)) for state, _ in stayed)

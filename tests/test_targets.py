@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 
 from powermc.errors import ArgumentError
 from powermc.scheduling import run
+from powermc.sequences import SequenceProbability
 from powermc.targets import Power, Product, Table, Tempered, Tilted
 from powermc.testing import strategies as toys
+from powermc.toy import TabularModel
 from powermc.types import evaluate
 
 VALUES = range(4)
@@ -85,10 +88,18 @@ def test_product_refuses_no_factors():
         Product(())
 
 
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a Path does not know which model its scores are from")
+def test_a_product_of_two_models(peaked):
+    """Scored by the first, a path counts as scored for the second: p_1^2 in place of p_1 p_2."""
+    other = replace(peaked, model=TabularModel.random(0, vocab_size=3, order=1))
+    target = Product(tuple(SequenceProbability(toy.model) for toy in (peaked, other)))
+    for x, p, q in zip(peaked.paths, peaked.p, other.p, strict=True):
+        if p > 0:
+            assert run(evaluate(target, x))[1] == pytest.approx(math.log(p * q))
+
+
 def test_evaluate_completes_a_path_for_every_factor(peaked):
     """A target that forgets to pass on `missing` would take the density of a path that was never scored."""
-    from powermc.sequences import SequenceProbability
-
     p = SequenceProbability(peaked.model)
     plain = Table(dict.fromkeys(peaked.paths, -0.5))
     x = peaked.paths[0]

@@ -29,6 +29,12 @@ def test_exact_law_is_the_product_of_table_entries(toy, alpha):
     assert toy.p.sum() == pytest.approx(1.0, abs=1e-12)
 
 
+def test_end_ids_that_are_no_tokens_end_nothing(peaked):
+    """Checkpoints say -1 for "none"; as an index it would be the last token."""
+    law = exact_law(peaked.model, Space(frozenset({-1, 7}), 2))
+    assert (law.length == 2).all()
+
+
 def test_exact_law_pads_with_minus_one(peaked):
     law = exact_law(peaked.model, peaked.space)
     assert (law.length == (law.tokens >= 0).sum(1)).all()

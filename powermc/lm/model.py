@@ -264,7 +264,7 @@ class CausalLM:
 
     def _known(self, path: Path) -> Prefix | None:
         """The activations of a prefix of this path that are still there."""
-        if path.cache is not None:
+        if path.cache is not None and path.by is self:
             return path.cache
         segment = self._prompts.get((self._weights(), path.prompt.ids))
         return None if segment is None else Prefix((segment,), len(path.prompt.ids))
@@ -313,7 +313,7 @@ class CausalLM:
             e: np.concatenate([p.log_z[:, i] for p in parts]) if parts else np.zeros(0)
             for i, e in enumerate(request.exponents)
         }
-        return path.with_scores(log_p, entropy, log_z, cache)
+        return path.with_scores(self, log_p, entropy, log_z, cache)
 
 
 class ModelRow:

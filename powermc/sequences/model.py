@@ -62,7 +62,7 @@ class Autoregressive(Oracle, Protocol):
         ...
 
     def score(self, path: Path, exponents: Sequence[float]) -> Request:
-        """Ask for `path` with log_p, entropy, the log_z of these exponents, and its cache. An empty path is legal."""
+        """Ask for `path` with log_p, entropy, the log_z of these exponents, and its cache, `by` this very model. An empty path is legal."""
         ...
 
 
@@ -76,4 +76,4 @@ class SequenceProbability:
         return value.log_prob
 
     def missing(self, value: Path) -> Request | None:
-        return None if value.scored(()) else self.model.score(value, ())
+        return None if value.scored(self.model) else self.model.score(value, ())

@@ -90,6 +90,8 @@ class Path:
         proposal at temperature 1/e.
     cache
         The model's own handle on activations of this path; immutable, shared between paths with a common prefix.
+    by
+        The model all of these come from. Another model scores the path anew.
     """
 
     prompt: Prompt
@@ -99,6 +101,7 @@ class Path:
     entropy: np.ndarray = field(default_factory=lambda: _EMPTY)
     log_z: Mapping[float, np.ndarray] = field(default_factory=lambda: MappingProxyType({}))
     cache: Any = None
+    by: Any = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -122,16 +125,17 @@ class Path:
             raise ArgumentError(f"{self!r} has not been scored by a model yet")
         return float(self.log_p.sum())
 
-    def scored(self, exponents: Sequence[float]) -> bool:
-        """Whether log p and the log normalisers of these exponents are known."""
-        return self.log_p is not None and all(e in self.log_z for e in exponents)
+    def scored(self, model: Any, exponents: Sequence[float] = ()) -> bool:
+        """Whether log p and the log normalisers of these exponents are known, from this very model."""
+        return self.by is model and self.log_p is not None and all(e in self.log_z for e in exponents)
 
     def with_scores(
-        self, log_p: np.ndarray, entropy: np.ndarray, log_z: Mapping[float, np.ndarray], cache: Any
+        self, model: Any, log_p: np.ndarray, entropy: np.ndarray, log_z: Mapping[float, np.ndarray], cache: Any
     ) -> Path:
-        """This path with (more of) its evaluation filled in."""
-        merged = MappingProxyType({**self.log_z, **log_z})
-        return replace(self, log_p=log_p, entropy=entropy, log_z=merged, cache=cache)
+        """This path evaluated by `model`; normalisers that the same model has found before are kept."""
+        known = self.log_z if self.by is model else {}
+        merged = MappingProxyType({**known, **log_z})
+        return replace(self, log_p=log_p, entropy=entropy, log_z=merged, cache=cache, by=model)
 
     def detached(self) -> Path:
         """This path without the model's activations: what a result keeps."""

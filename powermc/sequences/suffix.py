@@ -57,7 +57,7 @@ def draft(
         np.concatenate((head[:cut], tail[:, i]))
         for i, head in enumerate((path.log_p, path.entropy, path.log_z[exponent]))
     )
-    new = Path(path.prompt, tokens, finished).with_scores(log_p, entropy, {exponent: log_z}, cache)
+    new = Path(path.prompt, tokens, finished).with_scores(model, log_p, entropy, {exponent: log_z}, cache)
     return new, ran, near_ties
 
 
@@ -95,7 +95,7 @@ class Suffix:
     def propose(self, choices: Choices, value: Path) -> Steps[Move[Path]]:
         x = value
         exponent = 1.0 / self.temperature
-        if not x.scored((exponent,)):
+        if not x.scored(self.model, (exponent,)):
             x = yield self.model.score(x, (exponent,))
         weights = self.cuts.log_weights(x)
         if not len(weights):

@@ -43,7 +43,7 @@ def exact_law(model: TabularModel, space: Space, limit: int = 50_000_000) -> Exa
     if space.stop is not None:
         raise ArgumentError("exact_law cannot call a stop rule; use powermc.testing.paths_of for this space")
     end = np.zeros(model.vocab_size, dtype=np.bool_)
-    end[[e for e in space.eos if e < model.vocab_size]] = True
+    end[[e for e in space.eos if 0 <= e < model.vocab_size]] = True
     n = _walk(model.table, model.order, end, space.horizon, limit, _NO_TOKENS, _NO_LENGTH, _NO_LOG_P)
     if n > limit:
         raise ArgumentError(f"more than {limit} paths of positive probability; shorten the horizon or raise limit")

@@ -125,7 +125,7 @@ class TabularModel:
             for e, values in log_z.items():
                 values[t] = self.tempered_row(context, e)[1]
             context = self.after(context, token)
-        return path.with_scores(log_p, entropy, log_z, None)
+        return path.with_scores(self, log_p, entropy, log_z, None)
 
 
 class TabularRow:

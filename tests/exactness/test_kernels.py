@@ -87,7 +87,7 @@ def test_two_temperatures_in_one_mixture(data):
     for x, leaves in zip(found.values, found.leaves, strict=True):
         for (state, info), _ in leaves:
             exponent = 1 / (a, b)[info["component"]]
-            assert state.value.scored((exponent,))
+            assert state.value.scored(state.value.by, (exponent,))
             if state.value == x and not info["accepted"]:
                 assert state.log_density == found.states[found.values.index(x)].log_density
 
