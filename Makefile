@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# One thread per worker: torch with two threads beside another process runs many times slower.
+PYTEST := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 PROJECT := $(INSTALL) --no-build-isolation -e
 
 .DEFAULT_GOAL := help
@@ -19,10 +21,10 @@ demo: $(VENV)/.installed-demo ## sample a real model's answers to the questions 
 	$(BIN)/powermc sample --demo
 
 test: $(VENV)/.installed-test ## the tests that take seconds
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.installed-test ## every test, slow ones included
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 lint: $(VENV)/.installed-lint ## ruff (rules and format) and pyright
 	@failed=0; for check in "ruff check ." "ruff format --check ." pyright; do \

@@ -62,7 +62,10 @@ class Autoregressive(Oracle, Protocol):
         ...
 
     def score(self, path: Path, exponents: Sequence[float]) -> Request:
-        """Ask for `path` with log_p, entropy, the log_z of these exponents, and its cache, `by` this very model. An empty path is legal."""
+        """Ask for `path` with log_p, entropy, the log_z of these exponents and its cache, `by` this very model.
+
+        An empty path is legal: it gets the cache of its prompt.
+        """
         ...
 
 
