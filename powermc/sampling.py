@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple
 
 import numpy as np
@@ -211,7 +211,7 @@ def check_callbacks(callbacks: Any) -> None:
 
 def without_cache(value: Any) -> Any:
     """A path without its handle on the model's activations, so that keeping it costs little; else the value itself."""
-    return replace(value, cache=None) if isinstance(value, Path) and value.cache is not None else value
+    return value.detached() if isinstance(value, Path) and (value.cache is not None or value.others) else value
 
 
 def _starts(initial: Any, chains: int) -> list[Any]:

@@ -88,7 +88,6 @@ def test_product_refuses_no_factors():
         Product(())
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a Path does not know which model its scores are from")
 def test_a_product_of_two_models(peaked):
     """Scored by the first, a path counts as scored for the second: p_1^2 in place of p_1 p_2."""
     other = replace(peaked, model=TabularModel.random(0, vocab_size=3, order=1))

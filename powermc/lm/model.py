@@ -264,8 +264,9 @@ class CausalLM:
 
     def _known(self, path: Path) -> Prefix | None:
         """The activations of a prefix of this path that are still there."""
-        if path.cache is not None and path.by is self:
-            return path.cache
+        scored = path.view(self)
+        if scored is not None and scored.cache is not None:
+            return scored.cache
         segment = self._prompts.get((self._weights(), path.prompt.ids))
         return None if segment is None else Prefix((segment,), len(path.prompt.ids))
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from powermc.errors import ArgumentError
 from powermc.sequences.path import Path
 from powermc.types import Choices, Oracle, Request
 
@@ -76,7 +77,10 @@ class SequenceProbability:
     model: Autoregressive
 
     def log_density(self, value: Path) -> float:
-        return value.log_prob
+        scored = value.view(self.model)
+        if scored is None:
+            raise ArgumentError(f"{value!r} has not been scored by this model yet; `evaluate` asks for that")
+        return scored.log_prob
 
     def missing(self, value: Path) -> Request | None:
         return None if value.scored(self.model) else self.model.score(value, ())

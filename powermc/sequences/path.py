@@ -91,7 +91,9 @@ class Path:
     cache
         The model's own handle on activations of this path; immutable, shared between paths with a common prefix.
     by
-        The model all of these come from. Another model scores the path anew.
+        The model that all of these come from.
+    others
+        The same path as other models scored it; see `view`.
     """
 
     prompt: Prompt
@@ -102,6 +104,7 @@ class Path:
     log_z: Mapping[float, np.ndarray] = field(default_factory=lambda: MappingProxyType({}))
     cache: Any = None
     by: Any = None
+    others: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -125,18 +128,32 @@ class Path:
             raise ArgumentError(f"{self!r} has not been scored by a model yet")
         return float(self.log_p.sum())
 
+    def view(self, model: Any) -> Path | None:
+        """This path with the scores of `model` in front, or None if that very model has not scored it."""
+        if self.by is model:
+            return self
+        for other in self.others:
+            if other.by is model:
+                rest = (o for o in self.others if o is not other)
+                return replace(other, others=(*rest, replace(self, others=())))
+        return None
+
     def scored(self, model: Any, exponents: Sequence[float] = ()) -> bool:
-        """Whether log p and the log normalisers of these exponents are known, from this very model."""
-        return self.by is model and self.log_p is not None and all(e in self.log_z for e in exponents)
+        """Whether `model` has found log p and the log normalisers of these exponents."""
+        path = self.view(model)
+        return path is not None and path.log_p is not None and all(e in path.log_z for e in exponents)
 
     def with_scores(
         self, model: Any, log_p: np.ndarray, entropy: np.ndarray, log_z: Mapping[float, np.ndarray], cache: Any
     ) -> Path:
-        """This path evaluated by `model`; normalisers that the same model has found before are kept."""
-        known = self.log_z if self.by is model else {}
-        merged = MappingProxyType({**known, **log_z})
-        return replace(self, log_p=log_p, entropy=entropy, log_z=merged, cache=cache, by=model)
+        """This path evaluated by `model`. Normalisers that it has found before, and other models' scores, are kept."""
+        known = self.view(model)
+        others = self.others if known is None else known.others
+        if known is None and self.log_p is not None:
+            others = (*others, replace(self, others=()))
+        merged = MappingProxyType({**(known.log_z if known else {}), **log_z})
+        return replace(self, log_p=log_p, entropy=entropy, log_z=merged, cache=cache, by=model, others=others)
 
     def detached(self) -> Path:
         """This path without the model's activations: what a result keeps."""
-        return replace(self, cache=None)
+        return replace(self, cache=None, others=())

@@ -93,10 +93,10 @@ class Suffix:
         }
 
     def propose(self, choices: Choices, value: Path) -> Steps[Move[Path]]:
-        x = value
         exponent = 1.0 / self.temperature
-        if not x.scored(self.model, (exponent,)):
-            x = yield self.model.score(x, (exponent,))
+        x = value.view(self.model)
+        if x is None or not x.scored(self.model, (exponent,)):
+            x = yield self.model.score(value, (exponent,))
         weights = self.cuts.log_weights(x)
         if not len(weights):
             return Move(x, x, null=True)

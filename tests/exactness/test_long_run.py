@@ -120,14 +120,13 @@ def variation_bound(setting, chains, steps, rate=RATE):
 
 def function_p(setting, seen):
     """Statement 2: the p-value over the whole list."""
-    averages = setting.functions[:, seen].mean(2)
-    p = [bounded_mean_p(y, float(f @ setting.pi)) for y, f in zip(averages, setting.functions, strict=True)]
+    p = [bounded_mean_p(f[seen].mean(1), float(f @ setting.pi)) for f in setting.functions]
     return min(1.0, len(p) * min(p))
 
 
 def measured_ess(setting, seen):
     """Per test function that varied: variance under pi over the variance of the grand mean, as the chains show it."""
-    variance = setting.functions[:, seen].mean(2).var(1, ddof=1) / seen.shape[0]
+    variance = np.array([f[seen].mean(1).var(ddof=1) for f in setting.functions]) / seen.shape[0]
     spread = (setting.functions**2) @ setting.pi - (setting.functions @ setting.pi) ** 2
     return spread[variance > 0] / variance[variance > 0]
 
