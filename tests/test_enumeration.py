@@ -28,6 +28,7 @@ from powermc.testing import (
     two_step_matrix,
 )
 from powermc.testing.enumeration import _fingerprint
+from powermc.toy import TabularModel
 from powermc.types import State
 
 
@@ -231,6 +232,13 @@ def test_fingerprints_tell_apart_whatever_a_step_could():
         (State(np.array([1.0, np.nan]), 0.0), State(np.array([1.0, np.nan]), 0.0)),
     ]:
         assert _fingerprint(a) == _fingerprint(b)
+
+
+def test_fingerprints_take_models_by_identity():
+    """Two equal models are two: a path scored by one is scored anew for the other."""
+    one, other = (TabularModel(np.full((1, 3), 1 / 3), 0) for _ in range(2))
+    assert _fingerprint(Opaque(one)) == _fingerprint(Opaque(one))
+    assert _fingerprint(Opaque(one)) != _fingerprint(Opaque(other))
 
 
 def test_fingerprints_see_attributes_that_are_no_fields():

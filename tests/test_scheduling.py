@@ -149,7 +149,8 @@ def test_closing_closes_every_program_under_way():
             closed.append(i)
 
     oracle = Doubler(room=2)
-    running = drive((i, holding(i, oracle)) for i in range(3))
+    programs = [(i, holding(i, oracle)) for i in range(3)]  # kept here, or the garbage collector would close them
+    running = drive(programs)
     next(running)
     running.close()
     assert sorted(closed) == [0, 1, 2]
@@ -169,8 +170,9 @@ def test_any_other_exception_propagates_and_closes_the_rest():
         raise ZeroDivisionError
 
     oracle = Doubler(room=1)
+    programs = [(0, wrong()), (1, holding())]
     with pytest.raises(ZeroDivisionError):
-        list(drive([(0, wrong()), (1, holding())]))
+        list(drive(programs))
     assert closed == [True]
 
 

@@ -89,7 +89,7 @@ def test_product_refuses_no_factors():
 
 
 def test_a_product_of_two_models(peaked):
-    """Scored by the first, a path counts as scored for the second: p_1^2 in place of p_1 p_2."""
+    """A path scored by the first model is scored by the second too: p_1 p_2, not p_1^2."""
     other = replace(peaked, model=TabularModel.random(0, vocab_size=3, order=1))
     target = Product(tuple(SequenceProbability(toy.model) for toy in (peaked, other)))
     for x, p, q in zip(peaked.paths, peaked.p, other.p, strict=True):

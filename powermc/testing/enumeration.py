@@ -233,7 +233,10 @@ def two_step_matrix(transitions: Transitions[X], *, active: int = 512) -> np.nda
 
 
 def _fingerprint(value: Any) -> Hashable:
-    """Equal for two values only if no step could tell them apart: plain data by content, all else by identity."""
+    """Equal for two values only if no step could tell them apart: plain data by content, all else by identity.
+
+    Oracles count by identity too: whose scores a path holds is asked with `is`.
+    """
     kind: Any = type(value)
     if value is None or kind in (bool, int, str, bytes):
         return kind, value
@@ -245,7 +248,7 @@ def _fingerprint(value: Any) -> Hashable:
         return kind, tuple((_fingerprint(k), _fingerprint(v)) for k, v in value.items())
     if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
         return kind, value.dtype.str, value.shape, value.tobytes()
-    if is_dataclass(value) and not isinstance(value, type):
+    if is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "answer"):
         names = dict.fromkeys([*(f.name for f in fields(value)), *getattr(value, "__dict__", ())])
         return kind, tuple((name, _fingerprint(getattr(value, name))) for name in names)
     return kind, id(value)

@@ -93,6 +93,26 @@ def test_two_temperatures_in_one_mixture(data):
 
 
 @given(st.data())
+@settings(max_examples=10)
+def test_two_models(data):
+    """A product of experts and a bridge between them, with proposals from both: whose log p and log Z a path holds is
+    never mixed up, the state carried over."""
+    one = data.draw(toys.toys(max_paths=7))
+    other = toys.Toy(data.draw(toys.models(one.space, one.model.vocab_size)), one.space)
+    a, b = data.draw(toys.alphas()), data.draw(toys.alphas())
+    if not ((one.p > 0) & (other.p > 0)).any():
+        return
+    p, q = (Power(SequenceProbability(toy.model), e) for toy, e in ((one, a), (other, b)))
+    proposals = [data.draw(toys.suffixes(toy)) for toy in (one, other)]
+    for target, law in [
+        (Product((p, q)), one.power(a) * other.power(b)),
+        (Tempered(p, q, 0.3), one.power(0.7 * a) * other.power(0.3 * b)),
+    ]:
+        # Not irreducible where neither proposal can cross what the other model forbids.
+        prove(Mixture([Metropolis(target, r) for r in proposals], [0.5, 0.5]), one.paths, law=law, irreducible=False)
+
+
+@given(st.data())
 @settings(max_examples=4)
 def test_compositions_are_sums_and_products_of_matrices(data):
     """Mixture = sum of w_i P_i and Cycle = P_1 P_2, nested ones included. Catches weights that are not normalised,
