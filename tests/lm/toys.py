@@ -25,7 +25,7 @@ def toy_lm(
         **ids,
     }
     if family == "gpt2":
-        shape = {"vocab_size": vocab, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, **ids}
+        shape = {"vocab_size": vocab, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, **ids}
     model = tiny_model(family, seed=seed, logit_scale=logit_scale, **shape).double()
     return CausalLM(model, max_rows=max_rows)
 
