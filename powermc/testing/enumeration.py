@@ -105,7 +105,8 @@ class _IntervalLevel:
         if math.isnan(log_bound):
             return False
         bound = math.exp(min(log_bound, 0.0))
-        if bound >= self._high:
+        # A ratio of exactly 1 may come out as 1 - 1e-16 when a run is repeated in another batch: not a branch.
+        if bound >= self._high * (1 - 1e-13):
             return True
         if bound <= self._low:
             return False
