@@ -13,7 +13,7 @@ from powermc.choices import Stream
 from powermc.errors import ArgumentError, ZeroProbability
 from powermc.kernels import Metropolis
 from powermc.scheduling import Event, Failed, Finished, drive, run
-from powermc.sequences import BlockwisePower, Committed, Grown, Horizon, Length, Prompt, SequenceProbability
+from powermc.sequences import BlockwisePower, Committed, Grown, Horizon, Length, Prompt, SequenceProbability, Space
 from powermc.targets import Power, Tilted
 from powermc.testing import enumerate_kernel, enumerate_outcomes, paths_of
 from powermc.testing import strategies as toys
@@ -164,15 +164,16 @@ def test_the_same_numbers_give_the_same_chain(peaked):
 
 
 def test_program_needs_no_more_than_a_choices_per_step(peaked):
-    """Growth of block k and its steps take the numbers k (N + 1) ... k (N + 1) + N, each once."""
+    """Growth of block k and its steps take the numbers k (N + 1) ... k (N + 1) + N, each once (no end token: all)."""
     asked = []
+    endless = replace(peaked, space=Space(frozenset(), 3))
 
     def choices(i):
         asked.append(i)
         return Stream(0).step(i)
 
-    run(schedule(peaked, block_size=3, steps=4).program(choices, Prompt()))
-    assert asked == [0, 1, 2, 3, 4]
+    run(schedule(endless, block_size=1, steps=4).program(choices, Prompt()))
+    assert asked == list(range(15))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -107,6 +107,39 @@ def test_with_scores_keeps_what_was_known_and_leaves_the_path_alone():
     assert a.scored("model")
     with pytest.raises(TypeError):
         b.log_z[2.0] = np.ones(2)  # type: ignore[index]
+
+
+def scored_by(path, model, value, exponent=1.0):
+    return path.with_scores(
+        model, np.full(2, value), np.full(2, value), {exponent: np.full(2, value)}, f"cache {value}"
+    )
+
+
+def test_scores_of_several_models_are_kept_apart():
+    """Each model sees its own scores and no other's, in whatever order they were found and asked for."""
+    models = [object(), object(), object()]
+    path = Path(Prompt((1,)), (0, 2), True)
+    for i in (0, 1, 2, 0):
+        path = scored_by(path, models[i], float(i), exponent=1.0 if len(path.others) < 2 else 4.0)
+    for order in permutations(range(3)):
+        for i in order:
+            view = path.view(models[i])
+            assert view is not None
+            assert view.log_prob == 2.0 * i
+            assert set(view.log_z) == ({1.0, 4.0} if i == 0 else {1.0})
+            assert view.cache == f"cache {float(i)}"
+            assert view == path
+            assert path.scored(models[i], (1.0,))
+            assert path.scored(models[i], (4.0,)) == (i == 0)
+            path = view
+    assert path.view(object()) is None
+    assert not path.scored(object())
+    assert len(path.others) == 2
+
+
+def test_a_path_that_nobody_scored_has_no_view():
+    assert Path(Prompt(), (0,), False).view(object()) is None
+    assert not Path(Prompt(), (0,), False).scored(object())
 
 
 def test_an_unscored_path_has_no_probability_to_give():

@@ -78,6 +78,20 @@ def test_active_limits_how_many_are_under_way_and_takes_the_next_lazily():
     assert max(map(len, oracle.batches)) == 2
 
 
+def test_active_counts_programs_that_wait_for_an_answer():
+    """An oracle that answers one request at a time must not have ever more of them piled up."""
+    oracle = Doubler(room=1)
+    list(drive(((i, doubling(oracle, i, 2)) for i in range(6)), active=2))
+    assert max(map(len, oracle.batches)) == 2
+
+
+def test_requests_left_over_come_first_and_in_order():
+    """Otherwise one of many could wait for ever."""
+    oracle = Doubler(room=1)
+    list(drive((i, doubling(oracle, 10 + i, 1)) for i in range(4)))
+    assert oracle.batches == [[10, 11, 12, 13], [11, 12, 13], [12, 13], [13]]
+
+
 @given(st.integers(1, 4), st.lists(st.integers(0, 4), max_size=6), st.integers(1, 6))
 def test_results_do_not_depend_on_batches(room, times, active):
     """Every program gets the answer to its own request, however few are answered at a time."""

@@ -326,6 +326,16 @@ def test_changed_counts_accepted_moves_that_moved(data):
             assert info["accepted"] >= info["changed"]
 
 
+def test_a_cycle_changed_if_any_part_did(peaked):
+    """The last part alone would hide the others' moves. The second part freezes all but the last token."""
+    last = cut_law("horizon", start=2, horizon=3, block_size=1)
+    found = enumerate_kernel(Cycle([peaked.metropolis(2.0), peaked.metropolis(2.0, last)]), peaked.paths)
+    infos = [info for leaves in found.leaves for (_, info), _ in leaves]
+    for name in ("accepted", "changed"):
+        assert all(info[name] == (info[f"{name}_0"] or info[f"{name}_1"]) for info in infos)
+        assert {(info[f"{name}_0"], info[f"{name}_1"]) for info in infos} == {(a, b) for a in (0, 1) for b in (0, 1)}
+
+
 def test_the_same_kernel_written_twice(peaked):
     """`block` with one block is `horizon`, entry by entry."""
     horizon = cut_law("horizon", start=0, horizon=3, block_size=3)
