@@ -94,6 +94,21 @@ def test_a_level_is_never_below_minus_infinity_or_nan():
     }
 
 
+def test_a_ratio_of_one_up_to_rounding_is_no_branch():
+    """Another batch shape may turn log r = 0 into -1e-16; -1e-9 is a probability and is kept."""
+    assert law(lambda c: c.level().below(-1e-16)) == {True: 1.0}
+    assert law(lambda c: c.level().below(-1e-9)) == pytest.approx({True: 1 - 1e-9, False: 1e-9})
+    assert law(lambda c: c.level().below(math.log(1e-15)))[True] == pytest.approx(1e-15)
+
+
+@pytest.mark.parametrize("later", [lambda c: 0, lambda c: c.at("x").integers(1)])
+def test_a_run_that_does_not_repeat_itself_is_refused(later):
+    """Choices that vary between repetitions would make the enumerator count a leaf twice."""
+    runs = iter(range(10))
+    with pytest.raises(AssertionError, match="came to other ones"):
+        outcomes(lambda c: c.at("x").integers(2) if next(runs) == 0 else later(c))
+
+
 def test_two_objects_for_one_purpose_are_refused():
     """A production stream would give both the same number; as independent draws they would prove another kernel."""
     with pytest.raises(AssertionError, match=r"two draws share the purpose \('x', 0\)"):

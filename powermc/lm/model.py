@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -23,9 +23,9 @@ from powermc.lm.ledger import Ledger
 from powermc.lm.rows import Prefix, Segment, Slot
 from powermc.lm.softmax import log_softmax, softmax_rows
 from powermc.lm.text import Text
-from powermc.sequences.model import Token
+from powermc.sequences.model import Extend, Score, Token
 from powermc.sequences.path import Path, Prompt, Space, Tokens
-from powermc.types import PENDING, Choices, Oracle, Request
+from powermc.types import PENDING, Choices, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -159,16 +159,16 @@ class CausalLM:
         return ModelRow(self, path, cut)
 
     def score(self, path: Path, exponents: Sequence[float]) -> Request:
-        return _Score(self, path, tuple(exponents))
+        return Score(self, path, tuple(exponents))
 
     @torch.no_grad()
-    def answer(self, requests: Sequence[_Extend | _Score]) -> list[Any]:
+    def answer(self, requests: Sequence[Extend[ModelRow] | Score]) -> list[Any]:
         started = time.perf_counter()
         answers: list[Any] = [PENDING] * len(requests)
-        scores = [i for i, r in enumerate(requests) if isinstance(r, _Score)]
+        scores = [i for i, r in enumerate(requests) if isinstance(r, Score)]
         for i, scored in zip(scores, self._score([requests[i] for i in scores]), strict=True):  # type: ignore[misc]
             answers[i] = scored
-        extends = [(i, r) for i, r in enumerate(requests) if isinstance(r, _Extend)]
+        extends = [(i, r) for i, r in enumerate(requests) if isinstance(r, Extend)]
         ran = [self._bring_up(r.row) for _, r in extends]
         going = [(i, r, n) for (i, r), n in zip(extends, ran, strict=True) if n is not None]
         self._run([r.row for _, r, n in going if n])
@@ -217,7 +217,7 @@ class CausalLM:
         logits = self.decoder.head(hidden)
         return (logits if logits.dtype == torch.float64 else logits.float()).contiguous().cpu().numpy()
 
-    def _draw(self, work: Sequence[tuple[_Extend, int]]) -> list[Token | NonFiniteLogits]:
+    def _draw(self, work: Sequence[tuple[Extend[ModelRow], int]]) -> list[Token | NonFiniteLogits]:
         """Draw the next token of each row from its final hidden state."""
         answers: list[Token | NonFiniteLogits] = []
         for begin in range(0, len(work), _HEAD_ROWS):
@@ -250,7 +250,7 @@ class CausalLM:
                 request.row.append(int(out.token[i]))
         return answers
 
-    def _score(self, requests: Sequence[_Score]) -> list[Path | NonFiniteLogits]:
+    def _score(self, requests: Sequence[Score]) -> list[Path | NonFiniteLogits]:
         """Evaluate whole paths: each prompt once however many ask, then tails, then the head on all of it."""
         new = dict.fromkeys(r.path.prompt.ids for r in requests if self._known(r.path) is None)
         fresh = self._prefixes([(Prefix(), ids) for ids in new])
@@ -294,7 +294,7 @@ class CausalLM:
                     rows.release(slot)
         return done
 
-    def _score_one(self, request: _Score, cache: Prefix, row: int) -> Path | NonFiniteLogits:
+    def _score_one(self, request: Score, cache: Prefix, row: int) -> Path | NonFiniteLogits:
         path, first, n = request.path, len(request.path.prompt.ids), len(request.path)
         exponents = np.array([request.exponents or (1.0,)])
         parts = []
@@ -332,7 +332,7 @@ class ModelRow:
         return len(self.ids)
 
     def extend(self, exponents: tuple[float, ...], choices: Choices) -> Request:
-        return _Extend(self, exponents, choices)
+        return Extend(self, exponents, choices)
 
     def hidden(self) -> torch.Tensor:
         """The final hidden state of the last position."""
@@ -365,31 +365,3 @@ def _non_finite(row: int, position: int, prompt: Prompt) -> NonFiniteLogits:
         f"the model's logits are NaN or infinite in row {row} at position {position} after the prompt {shown!r}; "
         "this chain stops (try dtype float32, or check the checkpoint)"
     )
-
-
-class _ExtendFields(NamedTuple):
-    row: ModelRow
-    exponents: tuple[float, ...]
-    choices: Choices
-
-
-class _Extend(_ExtendFields, Request):
-    __slots__ = ()
-
-    @property
-    def oracle(self) -> Oracle:
-        return self.row.model
-
-
-class _ScoreFields(NamedTuple):
-    model: CausalLM
-    path: Path
-    exponents: tuple[float, ...]
-
-
-class _Score(_ScoreFields, Request):
-    __slots__ = ()
-
-    @property
-    def oracle(self) -> Oracle:
-        return self.model

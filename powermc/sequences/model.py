@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from powermc.errors import ArgumentError
 from powermc.sequences.path import Path
@@ -33,6 +33,9 @@ class Token(NamedTuple):
 
 class Row(Protocol):
     """A path being written, one token at a time, beyond a prefix of an existing one."""
+
+    @property
+    def model(self) -> Autoregressive: ...
 
     def extend(self, exponents: tuple[float, ...], choices: Choices) -> Request:
         """Ask for the next `Token`, drawn at the first exponent; it becomes part of the row's prefix."""
@@ -68,6 +71,35 @@ class Autoregressive(Oracle, Protocol):
         An empty path is legal: it gets the cache of its prompt.
         """
         ...
+
+
+R = TypeVar("R", bound=Row)
+
+
+@dataclass(frozen=True, slots=True)
+class Extend(Request, Generic[R]):
+    """The request of `Row.extend`; answered by a `Token`, or a `ChainError`."""
+
+    row: R
+    exponents: tuple[float, ...]
+    choices: Choices
+
+    @property
+    def oracle(self) -> Oracle:
+        return self.row.model
+
+
+@dataclass(frozen=True, slots=True)
+class Score(Request):
+    """The request of `Autoregressive.score`; answered by the path scored, or a `ChainError`."""
+
+    model: Autoregressive
+    path: Path
+    exponents: tuple[float, ...]
+
+    @property
+    def oracle(self) -> Oracle:
+        return self.model
 
 
 @dataclass(frozen=True)

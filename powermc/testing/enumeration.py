@@ -20,6 +20,11 @@ from powermc.errors import ZeroProbability
 from powermc.scheduling import Failed, Finished, drive
 from powermc.types import Choices, Info, Kernel, Level, State, Steps, T, X
 
+_STRAYED = (
+    "a run repeated with the same choices came to other ones, so its leaves cannot be counted: "
+    "the kernel depends on something besides its state and choices, or on rounding"
+)
+
 
 class _Tape:
     """The branches taken in one run, in order."""
@@ -34,12 +39,14 @@ class _Tape:
         i = len(self.taken)
         possible = [b for b, p in enumerate(probabilities) if p > 0]
         branch = self.forced[i] if i < len(self.forced) else possible[0]
+        assert branch in possible, _STRAYED
         self.taken.append((branch, probabilities))
         self.probability *= probabilities[branch]
         return branch
 
     def siblings(self) -> Iterator[tuple[int, ...]]:
         """The scripts that differ from this run first at a choice it was free to make."""
+        assert len(self.taken) >= len(self.forced), _STRAYED
         prefix = tuple(branch for branch, _ in self.taken)
         for i in range(len(self.forced), len(self.taken)):
             branch, probabilities = self.taken[i]

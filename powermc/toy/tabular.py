@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from powermc.errors import ArgumentError
-from powermc.sequences.model import Token
+from powermc.sequences.model import Extend, Score, Token
 from powermc.sequences.path import Path, Tokens
-from powermc.types import Choices, Oracle, Request
+from powermc.types import Choices, Request
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class TabularModel:
         return TabularRow(self, self.context(path.tokens[:cut]))
 
     def score(self, path: Path, exponents: Sequence[float]) -> Request:
-        return _Score(self, path, tuple(exponents))
+        return Score(self, path, tuple(exponents))
 
-    def answer(self, requests: Sequence[_Extend | _Score]) -> list[Any]:
-        return [self._extend(r) if isinstance(r, _Extend) else self._score(r) for r in requests]
+    def answer(self, requests: Sequence[Extend[TabularRow] | Score]) -> list[Any]:
+        return [self._extend(r) if isinstance(r, Extend) else self._score(r) for r in requests]
 
-    def _extend(self, request: _Extend) -> Token:
+    def _extend(self, request: Extend[TabularRow]) -> Token:
         row, exponents = request.row, request.exponents
         log_q, log_z = self.tempered_row(row.context, exponents[0])
         token = request.choices.categorical(log_q)
@@ -115,7 +115,7 @@ class TabularModel:
         row.context = self.after(row.context, token)
         return Token(token, float(log_p[token]), entropy, (log_z, *others), slack=1.0, tokens_run=1)
 
-    def _score(self, request: _Score) -> Path:
+    def _score(self, request: Score) -> Path:
         path, context = request.path, self.start_context
         log_p, entropy = np.empty(len(path)), np.empty(len(path))
         log_z = {e: np.empty(len(path)) for e in request.exponents}
@@ -137,38 +137,10 @@ class TabularRow:
         self.model, self.context = model, context
 
     def extend(self, exponents: tuple[float, ...], choices: Choices) -> Request:
-        return _Extend(self, exponents, choices)
+        return Extend(self, exponents, choices)
 
     def cache(self) -> None:
         return None
 
     def release(self) -> None:
         pass
-
-
-class _ExtendFields(NamedTuple):
-    row: TabularRow
-    exponents: tuple[float, ...]
-    choices: Choices
-
-
-class _Extend(_ExtendFields, Request):
-    __slots__ = ()
-
-    @property
-    def oracle(self) -> Oracle:
-        return self.row.model
-
-
-class _ScoreFields(NamedTuple):
-    model: TabularModel
-    path: Path
-    exponents: tuple[float, ...]
-
-
-class _Score(_ScoreFields, Request):
-    __slots__ = ()
-
-    @property
-    def oracle(self) -> Oracle:
-        return self.model

@@ -76,7 +76,7 @@ def test_mixture_of_temperatures_completes_normalisers() -> None:
 def test_cycle() -> None:
     lm, space = toy_lm(), Space(frozenset({2}), 2)
     kernels = [suffix_kernel(lm, space, cut) for cut in (Length(), Entropy())]
-    prove(Cycle(kernels), all_paths(space, 3), reversible=False, carried=False)  # carried over: on tables
+    prove(Cycle(kernels), all_paths(space, 3), reversible=False)
 
 
 def test_reward_and_stop_rule() -> None:
@@ -126,7 +126,7 @@ def test_mutant_cache_not_restored_after_rejection() -> None:
     lm = toy_lm()
     mutant = _OneCachePerChain(lm.decoder.model, max_rows=512)  # type: ignore[arg-type]
     kernel = suffix_kernel(mutant, SPACE, Length())
-    with pytest.raises(AssertionError, match=r"differ|unbalanced|sums to"):
+    with pytest.raises(AssertionError, match=r"differ|unbalanced|sums to|came to other"):
         prove(kernel, all_paths(SPACE, 3))
 
 
