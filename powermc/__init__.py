@@ -14,7 +14,7 @@ from powermc._version import __version__
 if TYPE_CHECKING:
     from powermc.choices import Stream
     from powermc.errors import ArgumentError, ChainError, ModelError, NonFiniteLogits, PowermcError, ZeroProbability
-    from powermc.kernels import Cycle, Metropolis, Mixture
+    from powermc.kernels import Cycle, DelayedAcceptance, Metropolis, Mixture
     from powermc.lm import CausalLM, Ledger
     from powermc.power import LanguageModel, power_sample
     from powermc.proposals import Independent, RandomWalk
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from powermc.sequences import (
         Autoregressive,
         BlockwisePower,
+        ByCut,
+        Cut,
         Entropy,
         Horizon,
         Length,
@@ -30,8 +32,11 @@ if TYPE_CHECKING:
         Prompt,
         SequenceProbability,
         Space,
+        Substitution,
         Suffix,
         Token,
+        UncertainTail,
+        Without,
     )
     from powermc.targets import Power, Product, Table, Tempered, Tilted
     from powermc.types import Choices, Field, Info, Kernel, Move, Proposal, Request, State, Steps, Target
@@ -40,11 +45,14 @@ __all__ = [
     "ArgumentError",
     "Autoregressive",
     "BlockwisePower",
+    "ByCut",
     "CausalLM",
     "Chain",
     "ChainError",
     "Choices",
+    "Cut",
     "Cycle",
+    "DelayedAcceptance",
     "Draw",
     "Entropy",
     "Field",
@@ -75,12 +83,15 @@ __all__ = [
     "State",
     "Steps",
     "Stream",
+    "Substitution",
     "Suffix",
     "Table",
     "Target",
     "Tempered",
     "Tilted",
     "Token",
+    "UncertainTail",
+    "Without",
     "ZeroProbability",
     "__version__",
     "iterate",
@@ -91,14 +102,14 @@ __all__ = [
 _HOMES = {
     "choices": "Stream",
     "errors": "ArgumentError ChainError ModelError NonFiniteLogits PowermcError ZeroProbability",
-    "kernels": "Cycle Metropolis Mixture",
+    "kernels": "Cycle DelayedAcceptance Metropolis Mixture",
     "lm": "CausalLM Ledger",
     "power": "LanguageModel power_sample",
     "proposals": "Independent RandomWalk",
     "results": "Chain Run",
     "sampling": "Draw Samples iterate sample",
-    "sequences": "Autoregressive BlockwisePower Entropy Horizon Length Path Prompt SequenceProbability "
-    "Space Suffix Token",
+    "sequences": "Autoregressive BlockwisePower ByCut Cut Entropy Horizon Length Path Prompt SequenceProbability "
+    "Space Substitution Suffix Token UncertainTail Without",
     "targets": "Power Product Table Tempered Tilted",
     "types": "Choices Field Info Kernel Move Proposal Request State Steps Target",
 }

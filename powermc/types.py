@@ -84,6 +84,8 @@ class Move(Generic[X]):
     `log_hastings` is log q(origin | value) - log q(value | origin), every factor of the proposal included (cut
     laws too). `origin` is the value moved from, possibly with more of it evaluated than before, so that the work is
     kept when the move is rejected. `null` marks a move that cannot be made from here: the chain stays, and counts it.
+    `auxiliary` is what the forward and the reverse move share, such as the cut of a suffix proposal: stages and gates
+    may depend on it (design section 3).
     """
 
     value: X
@@ -91,6 +93,7 @@ class Move(Generic[X]):
     log_hastings: float = 0.0
     null: bool = False
     info: Info = field(default_factory=dict)
+    auxiliary: Any = None
 
 
 class Level(Protocol):

@@ -85,11 +85,11 @@ class FakeLM(TabularModel):
         return {"architecture": "table", "layers": 2, "attach_deviation": 0.0}
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
-        answers = []
+        answers, drawn = [], 0
         object.__setattr__(self, "widest", max(self.widest, len(requests)))
         for request in requests:
             if hasattr(request, "path"):
-                self.ledger.prefilled += len(request.path) + len(request.path.prompt.ids)
+                self.ledger.ran((0, 2), len(request.path) + len(request.path.prompt.ids), parallel=True)
                 answers.append(self._score(request))
                 continue
             if self.drawn == self.interrupt_at:
@@ -98,9 +98,9 @@ class FakeLM(TabularModel):
             answers.append(
                 NonFiniteLogits("logits are NaN in row 0 at position 3") if failed else self._extend(request)
             )
-            self.ledger.decoded += 1
+            drawn += 1
             object.__setattr__(self, "drawn", self.drawn + 1)
-        self.ledger.ticks += 1
+        self.ledger.ran((0, 2), drawn, parallel=False)
         if self.delay:
             time.sleep(self.delay)
         return answers

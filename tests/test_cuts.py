@@ -25,7 +25,9 @@ def scored(toy, path):
 
 def with_entropy(entropy):
     n = len(entropy)
-    return Path(Prompt(), (0,) * n, False).with_scores(None, np.zeros(n), np.array(entropy, dtype=float), {}, None)
+    return Path(Prompt(), (0,) * n, False).with_scores(
+        None, np.zeros(n), np.array(entropy, dtype=float), np.zeros(n), {}, None
+    )
 
 
 @given(st.data())

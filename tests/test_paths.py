@@ -87,7 +87,7 @@ def test_space_refuses_a_horizon_below_one():
 def test_paths_are_equal_by_prompt_and_tokens_alone():
     """A scored path is the same value: `changed` and the rows of P depend on it."""
     a = Path(Prompt((1,)), (0, 2), True)
-    scored = a.with_scores("model", np.zeros(2), np.zeros(2), {1.0: np.zeros(2)}, None)
+    scored = a.with_scores("model", np.zeros(2), np.zeros(2), np.zeros(2), {1.0: np.zeros(2)}, None)
     assert a == scored
     assert hash(a) == hash(scored)
     assert a != Path(Prompt((2,)), (0, 2), True)
@@ -97,8 +97,10 @@ def test_paths_are_equal_by_prompt_and_tokens_alone():
 
 def test_with_scores_keeps_what_was_known_and_leaves_the_path_alone():
     """Aliasing would let a rejected evaluation change the current state."""
-    a = Path(Prompt(), (0, 2), True).with_scores("model", np.zeros(2), np.zeros(2), {1.0: np.zeros(2)}, None)
-    b = a.with_scores("model", np.ones(2), np.ones(2), {4.0: np.ones(2)}, "cache")
+    a = Path(Prompt(), (0, 2), True).with_scores(
+        "model", np.zeros(2), np.zeros(2), np.zeros(2), {1.0: np.zeros(2)}, None
+    )
+    b = a.with_scores("model", np.ones(2), np.ones(2), np.ones(2), {4.0: np.ones(2)}, "cache")
     assert set(b.log_z) == {1.0, 4.0}
     assert set(a.log_z) == {1.0}
     assert (a.log_prob, b.log_prob) == (0.0, 2.0)
@@ -111,7 +113,7 @@ def test_with_scores_keeps_what_was_known_and_leaves_the_path_alone():
 
 def scored_by(path, model, value, exponent=1.0):
     return path.with_scores(
-        model, np.full(2, value), np.full(2, value), {exponent: np.full(2, value)}, f"cache {value}"
+        model, np.full(2, value), np.full(2, value), np.full(2, value), {exponent: np.full(2, value)}, f"cache {value}"
     )
 
 

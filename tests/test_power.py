@@ -100,9 +100,15 @@ def test_the_ledger_holds_this_run_only_and_every_token():
 
 
 def test_kept_paths_hold_no_activations():
+    class Activations:
+        def upto(self, length):
+            return self
+
+    activations = Activations()
+
     class Row(TabularRow):
         def cache(self):
-            return "activations"
+            return activations
 
     class Caching(FakeLM):
         def branch(self, path, cut):
@@ -110,7 +116,7 @@ def test_kept_paths_hold_no_activations():
 
     seen = []
     run = power_sample(Caching(), "a", **SMALL, callbacks=[lambda p, c, s, state, i: seen.append(state.value.cache)])
-    assert set(seen) == {"activations"}
+    assert set(seen) == {activations}
     assert {path.cache for chain in run.chains[0] for path in (chain.path, *chain.draws)} == {None}
 
 

@@ -252,6 +252,16 @@ def test_the_null_move_of_a_rescored_path_keeps_its_scores(peaked):
     """`origin` carries what was evaluated, so that the next step does not ask again."""
     kernel = Metropolis(Table(dict.fromkeys(peaked.paths, 0.0)), peaked.suffix(Horizon(3), 0.5))
     found = enumerate_kernel(kernel, peaked.paths)
-    stayed = [leaf.value for leaf in found.leaves[-1] if leaf.value[1]["null"]]
-    assert [info["cut"] for _, info in stayed] == [1, 2]
+    impossible = next(i for i, x in enumerate(found.values) if x.tokens == (1, 1, 0))
+    stayed = [leaf.value for leaf in found.leaves[impossible] if leaf.value[1]["null"]]
+    assert [info["cut"] for _, info in stayed] == [0, 1]
     assert all(state.value.scored(peaked.model, (2.0,)) for state, _ in stayed)
+
+
+def test_a_cut_past_the_end_costs_nothing(peaked):
+    """A law that looks at the length alone is drawn from before the model is asked anything."""
+    kernel = Metropolis(Table(dict.fromkeys(peaked.paths, 0.0)), peaked.suffix(Horizon(3), 0.5))
+    found = enumerate_kernel(kernel, [peaked.space.path(Prompt(), (2,)), *peaked.paths[:-1]])
+    stayed = [leaf.value for leaf in found.leaves[0] if leaf.value[1]["null"]]
+    assert [info["cut"] for _, info in stayed] == [1, 2]
+    assert all(state.value.log_p is None for state, _ in stayed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic
 
-from powermc.types import Choices, Field, Fields, Info, Proposal, State, Steps, Target, X, evaluate, start
+from powermc.types import Choices, Field, Fields, Info, Move, Proposal, State, Steps, Target, X, evaluate, start
 
 ACCEPTANCE: Fields = {
     "accepted": Field("bool", False),
@@ -14,6 +14,11 @@ ACCEPTANCE: Fields = {
     "log_ratio": Field("float64", float("nan")),
     "log_level": Field("float64", float("nan")),
 }
+
+
+def stayed(move: Move[X]) -> Info:
+    """The info of a null move."""
+    return {"accepted": False, "changed": False, "null": True, **move.info}
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Metropolis(Generic[X]):
         move = yield from self.proposal.propose(choices.at("proposal"), state.value)
         here = State(move.origin, state.log_density)
         if move.null:
-            return here, {"accepted": False, "changed": False, "null": True, **move.info}
+            return here, stayed(move)
         value, log_density = yield from evaluate(self.target, move.value)
         log_ratio = log_density - state.log_density + move.log_hastings
         level = choices.at("accept").level()

@@ -1,23 +1,37 @@
 """A stock Hugging Face decoder, driven through its own forward with explicit positions, masks and slots.
 
-No model code is copied and the model is not modified. Two calls are made of it: the body (embedding to final norm)
-and the head (hidden states to logits, with whatever scaling or soft-capping the architecture applies).
+No model code is copied and the model is not modified. Three calls are made of it: a span of the body's layers, the
+final norm, and the head (normed states to logits, with whatever scaling or soft-capping the architecture applies).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from powermc.errors import ModelError
+from powermc.lm.depth import Gated, Span
 from powermc.lm.rows import Prefix, Rows, Slot, SlotCache
 
 _ATTENTION = ("sdpa", "eager")
 _MASKS = ("full_attention", "sliding_attention")
 _CHECK_TOKENS = 7
+_FOREIGN = (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError)
+"""What a model that is not driven as it expects raises."""
+
+
+class Work(NamedTuple):
+    """A row to bring forward: `n` positions, from the first that has not come to the pass's last layer on.
+
+    `ids` are all ids of the row from position 0.
+    """
+
+    slot: Slot
+    ids: Sequence[int]
+    n: int
 
 
 class Decoder:
@@ -32,10 +46,14 @@ class Decoder:
         self.model = model.eval()
         self.config: Any = model.config.get_text_config(decoder=True)
         self.name = type(model).__name__
-        body, head = getattr(model, model.base_model_prefix, None), model.get_output_embeddings()
-        if body is None or head is None:
+        self._plain_body: Any = getattr(model, model.base_model_prefix, None)
+        head = model.get_output_embeddings()
+        if self._plain_body is None or head is None:
             raise ModelError(f"{self.name} is not a causal language model with a separate decoder and head")
-        self.body: Any = body
+        self.layers: int = self.config.num_hidden_layers
+        self.body = Gated(self._plain_body, self.layers)
+        self.blocks = self.body.blocks
+        self.blocks = self.body.blocks
         attention = self.config._attn_implementation
         if attention not in _ATTENTION:
             raise ModelError(
@@ -52,7 +70,6 @@ class Decoder:
             self.window = None
         self.mask_types = sorted(set(types))
         self.dtype, self.device = model.dtype, model.device
-        self.layers: int = self.config.num_hidden_layers
         self.vocab_size: int = head.weight.shape[0]  # type: ignore[assignment]
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         self.rows, self.cache = self._attach(most_rows)
@@ -63,8 +80,9 @@ class Decoder:
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         try:
             with torch.no_grad():
-                out = self.body(input_ids=ids, use_cache=True)
-        except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
+                out: Any = self._plain_body(input_ids=ids, use_cache=True)
+                self.body(Span(0, self.layers), input_ids=ids, use_cache=False)  # the gates learn what blocks return
+        except _FOREIGN as error:
             raise ModelError(f"{self.name} does not run on one token: {type(error).__name__}: {error}") from error
         layers = getattr(out.past_key_values, "layers", None)
         shapes = {
@@ -86,6 +104,30 @@ class Decoder:
 
     def _check(self) -> float:
         """max |logit difference| between rows (ragged prefill, then decode) and the plain forward, float32."""
+        lengths = (_CHECK_TOKENS - 1, _CHECK_TOKENS - 3)
+
+        def drive(slots: Sequence[Slot], lists: Sequence[list[int]]) -> None:
+            work = [Work(s, ids, n) for s, ids, n in zip(slots, lists, lengths, strict=False)]
+            self.forward(work, 0, self.layers)
+            while going := [w for w in work if w.slot.filled[self.layers] < _CHECK_TOKENS]:
+                self.forward([w._replace(n=1) for w in going], 0, self.layers)
+
+        return self._deviation(drive, "row by row", "ALiBi and recurrent models do")
+
+    def check_split(self, depth: int) -> float:
+        """The same for a model run to `depth` first and from there on later, in other passes and other lengths.
+
+        The states at `depth` must be kept (`Rows.keep`). Raises `ModelError` if the logits differ.
+        """
+
+        def drive(slots: Sequence[Slot], lists: Sequence[list[int]]) -> None:
+            for lower, upper in (((5, 4), (3, 4)), ((2, 3), (4, 3))):
+                for counts, first, last in ((lower, 0, depth), (upper, depth, self.layers)):
+                    self.forward([Work(*w) for w in zip(slots, lists, counts, strict=False)], first, last)
+
+        return self._deviation(drive, f"in two parts at layer {depth}", "it is then sampled at full depth only")
+
+    def _deviation(self, drive: Callable[[Sequence[Slot], Sequence[list[int]]], None], how: str, hint: str) -> float:
         n = min(2, self.rows.most)
         tokens = (torch.arange(n * _CHECK_TOKENS) * 7919 + 11) % self.vocab_size
         ids = tokens.view(n, _CHECK_TOKENS).to(self.device)
@@ -93,14 +135,11 @@ class Decoder:
             with torch.no_grad():
                 plain = self.model(input_ids=ids).logits.float()
                 slots = [self.rows.acquire(Prefix(), _CHECK_TOKENS) for _ in range(n)]
-                lists = ids.tolist()
-                lengths = (_CHECK_TOKENS - 1, _CHECK_TOKENS - 3)[:n]
-                self.forward(slots, [row[:n] for row, n in zip(lists, lengths, strict=True)])
-                while going := [(s, row) for s, row in zip(slots, lists, strict=True) if s.filled < _CHECK_TOKENS]:
-                    self.forward([s for s, _ in going], [[row[s.filled]] for s, row in going])
-                rows = torch.stack([self.head(self.rows.hidden[s.index, :_CHECK_TOKENS]) for s in slots]).float()
-        except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise ModelError(f"{self.name} cannot be driven row by row: {type(error).__name__}: {error}") from error
+                drive(slots, ids.tolist())
+                hidden = self.rows.hidden[self.layers]
+                rows = torch.stack([self.head(hidden[s.index, :_CHECK_TOKENS]) for s in slots]).float()
+        except _FOREIGN as error:
+            raise ModelError(f"{self.name} cannot be driven {how}: {type(error).__name__}: {error}") from error
         finally:
             for slot in list(self.rows.used):
                 self.rows.release(slot)
@@ -109,38 +148,61 @@ class Decoder:
         allowed = 1e-4 if self.dtype in (torch.float32, torch.float64) else 0.25
         if not deviation <= allowed * scale:
             raise ModelError(
-                f"{self.name} cannot be driven row by row: its cached logits differ from its plain forward by "
-                f"{deviation:.2g} (ALiBi and recurrent models do)"
+                f"{self.name} cannot be driven {how}: its logits differ from its plain forward by "
+                f"{deviation:.2g} ({hint})"
             )
         return deviation
 
-    def forward(self, slots: Sequence[Slot], tokens: Sequence[Sequence[int]]) -> None:
-        """Run the tokens that follow each row's filled slots through all layers; keys, values and hidden states stay.
+    def forward(self, work: Sequence[Work], first: int, last: int) -> int:
+        """Run layers first..last-1 on the next positions of these rows; keys, values and states kept stay in the rows.
 
-        Rows may bring different numbers of tokens; shorter ones are padded, and their padding goes to the bin.
+        Rows may bring different numbers of positions; shorter ones are padded, and their padding goes to the bin. With
+        first > 0 the positions must have come to depth `first`, and their states there are taken from the rows.
+        Returns how many slots the pass attended to.
         """
-        rows, n, q = self.rows, len(slots), max(map(len, tokens))
-        rows.arrange(slots)
-        order = sorted(range(n), key=lambda i: slots[i].index)
-        slots, tokens = [slots[i] for i in order], [tokens[i] for i in order]
-        padding = [q - len(new) for new in tokens]
-        starts = [(slot.filled, len(new)) for slot, new in zip(slots, tokens, strict=True)]
-        ids = [[*new, *[0] * pad] for new, pad in zip(tokens, padding, strict=True)]
-        positions = [[*range(at, at + k), *[at] * pad] for (at, k), pad in zip(starts, padding, strict=True)]
-        places = [[*range(at, at + k), *[rows.length] * pad] for (at, k), pad in zip(starts, padding, strict=True)]
+        rows, q = self.rows, max(w.n for w in work)
+        rows.arrange([w.slot for w in work])
+        work = sorted(work, key=lambda w: w.slot.index)
+        starts = [w.slot.filled[last] for w in work]
+        ids = [[*w.ids[at : at + w.n], *[0] * (q - w.n)] for w, at in zip(work, starts, strict=True)]
+        positions = [[*range(at, at + w.n), *[at] * (q - w.n)] for w, at in zip(work, starts, strict=True)]
+        places = [[*range(at, at + w.n), *[rows.length] * (q - w.n)] for w, at in zip(work, starts, strict=True)]
         ids, positions, places = (torch.tensor(x, device=self.device) for x in (ids, positions, places))
-        visible = max(slot.filled + len(new) for slot, new in zip(slots, tokens, strict=True))
+        visible = max(at + w.n for w, at in zip(work, starts, strict=True))
         self.cache.aim(places, visible)
-        hidden = self.body(
+        states = rows.hidden[first][self.cache.batch, places] if first else None
+        wanted = [d for d in rows.depths if first < d <= last]
+        span = Span(first, last, states, [d for d in wanted if d < self.layers])
+        span.found[self.layers] = self.body(
+            span,
             input_ids=ids,
             attention_mask=self._mask(positions, visible),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-        ).last_hidden_state
-        rows.hidden[self.cache.batch, places] = hidden
-        for slot, new in zip(slots, tokens, strict=True):
-            slot.filled += len(new)
+        )
+        for depth in wanted:
+            rows.hidden[depth][self.cache.batch, places] = span.found[depth]
+            for w, at in zip(work, starts, strict=True):
+                if w.slot.filled[depth] == at:
+                    w.slot.filled[depth] = at + w.n
+        return visible
+
+    def finish(self, states: torch.Tensor) -> torch.Tensor:
+        """The model's final norm of states (n, width) that stand for those after its last layer."""
+        n = len(states)
+        positions = torch.zeros(n, 1, dtype=torch.long, device=self.device)
+        span = Span(self.layers, self.layers, states[:, None])
+        # Nothing is written to the cache: no block runs.
+        self.cache.aim(positions, 1)
+        return self.body(
+            span,
+            input_ids=positions,
+            attention_mask=self._mask(positions, 1),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )[:, 0]
 
     def _mask(self, positions: torch.Tensor, visible: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Additive masks (A, 1, Q, visible): slot s is seen from position t if s <= t (and s > t - window)."""
@@ -158,9 +220,19 @@ class Decoder:
             return {"full_attention": full, "sliding_attention": near}
         return full if self.mask_types == ["full_attention"] else near
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (n, V) of final hidden states (n, width), by the model's own forward with its body stubbed out."""
+    def head(self, hidden: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (n, V) of normed states (n, width), by the model's own forward with its body stubbed out.
+
+        With `columns` only those of these tokens, (n, len(columns)).
+        """
         stub = _HeadOnly(self.model, hidden[:, None])
+        if columns is not None:
+            whole: Any = self.model.get_output_embeddings()
+            few = torch.nn.Linear(whole.weight.shape[1], len(columns), bias=whole.bias is not None, device="meta")
+            few.weight = torch.nn.Parameter(whole.weight[columns], requires_grad=False)
+            if whole.bias is not None:
+                few.bias = torch.nn.Parameter(whole.bias[columns], requires_grad=False)
+            setattr(stub, next(name for name, m in self.model.named_children() if m is whole), few)
         return type(self.model).forward(stub, input_ids=None, use_cache=False).logits[:, 0]  # type: ignore[arg-type]
 
 

@@ -1,8 +1,10 @@
-"""Keys and values of many paths in one buffer, addressed by row and slot.
+"""Keys, values and hidden states of many paths in one buffer, addressed by row and slot.
 
-A row is a path being written. Slot s of a row holds the keys and values of its position s in every layer, and the
-final hidden state. A slot is valid for a query at position t exactly when s <= t, so what an earlier path left
-behind it is masked, never trusted to be zero. The last slot is a bin for the padding of ragged passes.
+A row is a path being written. Slot s of a row holds, for its position s, the keys and values of every layer that the
+position has passed, and the hidden states at the depths asked for. A depth d is a number of layers: position s has
+come to depth d once it has passed layers 0..d-1. A slot is valid for a query at position t exactly when s <= t, so
+what an earlier path left behind it is masked, never trusted to be zero. The last slot is a bin for the padding of
+ragged passes.
 
 What outlives a row is a `Prefix`: immutable segments copied out of rows, shared by every path that begins with them.
 Rejecting a proposal drops a reference; accepting it keeps one. Nothing is ever written into a prefix.
@@ -10,7 +12,7 @@ Rejecting a proposal drops a reference; accepting it keeps one. Nothing is ever 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,17 +25,37 @@ _LENGTH_STEP = 64
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Positions start..start+n-1: keys and values (layers, heads, n, dim), final hidden states (n, width)."""
+    """Positions start..start+n-1 at one depth.
+
+    keys, values: (depth, heads, n, dim), those of layers 0..depth-1. hidden: for depths up to this one, the states
+    that come out of that many layers, (n, width); at the full depth, after the final norm.
+    """
 
     start: int
     keys: torch.Tensor
     values: torch.Tensor
-    hidden: torch.Tensor
+    hidden: Mapping[int, torch.Tensor]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.keys.shape[2]
+
+    @property
+    def depth(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def kept(self) -> frozenset[int]:
+        """The depths at which hidden states are there."""
+        return frozenset(self.hidden)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prefix:
-    """The activations of positions 0..length-1: segments in order, each read up to where the next begins."""
+    """The activations of positions 0..length-1: segments in order, each read up to where the next begins.
+
+    Depths never rise from one segment to the next: a position cannot have passed a layer that an earlier one has not.
+    """
 
     segments: tuple[Segment, ...] = ()
     length: int = 0
@@ -44,41 +66,58 @@ class Prefix:
             return self
         return Prefix(tuple(s for s in self.segments if s.start < length), length)
 
+    def parts(self) -> Iterator[tuple[Segment, int]]:
+        """Each segment and the position where it stops being read."""
+        for i, s in enumerate(self.segments):
+            yield s, self.segments[i + 1].start if i + 1 < len(self.segments) else self.length
+
+    def reaches(self, depth: int) -> int:
+        """How many positions, from the first on, have come to `depth` and kept the state there."""
+        reached = 0
+        for s, stop in self.parts():
+            if depth not in s.hidden:
+                break
+            reached = stop
+        return reached
+
     def followed_by(self, segment: Segment) -> Prefix:
         """This prefix and the segment that starts where it ends."""
         segments = (*self.segments, segment)
         if len(segments) > _MOST_SEGMENTS:  # keep the first, which is the prompt's and shared
-            segments = (segments[0], self._merged(segments[1:]))
-        return Prefix(segments, segment.start + segment.hidden.shape[0])
+            n = next(i for i in range(len(segments), 0, -1) if i == 1 or segments[i - 1].kept != segment.kept)
+            if len(segments) - n > 1:
+                segments = (*segments[:n], _merged(segments[n:]))
+        return Prefix(segments, segment.stop)
 
-    def _merged(self, segments: Sequence[Segment]) -> Segment:
-        stops = [s.start for s in segments[1:]] + [segments[-1].start + segments[-1].hidden.shape[0]]
-        parts = [(s, stop - s.start) for s, stop in zip(segments, stops, strict=True)]
-        return Segment(
-            segments[0].start,
-            torch.cat([s.keys[:, :, :n] for s, n in parts], dim=2),
-            torch.cat([s.values[:, :, :n] for s, n in parts], dim=2),
-            torch.cat([s.hidden[:n] for s, n in parts]),
-        )
-
-    def hidden(self, start: int, stop: int) -> torch.Tensor:
-        """Final hidden states of positions start..stop-1, shape (stop - start, width)."""
-        parts = []
-        for i, s in enumerate(self.segments):
-            end = self.segments[i + 1].start if i + 1 < len(self.segments) else self.length
-            a, b = max(start, s.start), min(stop, end)
-            if a < b:
-                parts.append(s.hidden[a - s.start : b - s.start])
+    def hidden(self, depth: int, start: int, stop: int) -> torch.Tensor:
+        """Hidden states at `depth` of positions start..stop-1, shape (stop - start, width)."""
+        read = [(s, max(start, s.start), min(stop, end)) for s, end in self.parts()]
+        parts = [s.hidden[depth][a - s.start : b - s.start] for s, a, b in read if a < b]
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
+def _merged(segments: Sequence[Segment]) -> Segment:
+    stops = [s.start for s in segments[1:]] + [segments[-1].stop]
+    parts = [(s, stop - s.start) for s, stop in zip(segments, stops, strict=True)]
+    return Segment(
+        segments[0].start,
+        torch.cat([s.keys[:, :, :n] for s, n in parts], dim=2),
+        torch.cat([s.values[:, :, :n] for s, n in parts], dim=2),
+        {d: torch.cat([s.hidden[d][:n] for s, n in parts]) for d in segments[0].hidden},
+    )
+
+
 class Slot:
-    """A place in the buffer. `index` is its current row; `filled` how many slots, from 0 on, hold its path."""
+    """A place in the buffer: its current row, and for each depth d how many slots, from 0 on, have come to it."""
 
     __slots__ = ("filled", "index", "poisoned")
 
-    def __init__(self, index: int) -> None:
-        self.index, self.filled, self.poisoned = index, 0, False
+    def __init__(self, index: int, filled: dict[int, int]) -> None:
+        self.index, self.filled, self.poisoned = index, filled, False
+
+    def next_depth(self, goal: int) -> int:
+        """The deepest depth below `goal` that more positions have come to than to `goal`; 0 if there is none."""
+        return max((d for d, n in self.filled.items() if d < goal and n > self.filled[goal]), default=0)
 
 
 class Rows:
@@ -108,10 +147,23 @@ class Rows:
         device: torch.device,
     ) -> None:
         self._shape = (layers, key, value, width)
+        self.depths: tuple[int, ...] = (layers,)
         self.most = most
         self._options = {"dtype": dtype, "device": device}
         self.used: list[Slot] = []
         self._allocate(0, 0)
+
+    def keep(self, depth: int) -> None:
+        """From now on keep the hidden states at this depth. No row may be in use."""
+        assert not self.used, "depths are added between runs"
+        if depth not in self.depths:
+            self.depths = tuple(sorted({*self.depths, depth}))
+            self._allocate(self.capacity, self.length)
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Sizes of one head's keys and values."""
+        return self._shape[1][1], self._shape[2][1]
 
     @property
     def free(self) -> int:
@@ -120,16 +172,17 @@ class Rows:
 
     @property
     def bytes_per_token(self) -> int:
-        """Memory of one slot: keys, values and hidden state."""
+        """Memory of one slot: keys, values and hidden states."""
         layers, key, value, width = self._shape
-        return (layers * (key[0] * key[1] + value[0] * value[1]) + width) * self.keys.element_size()
+        numbers = layers * (key[0] * key[1] + value[0] * value[1]) + width * len(self.depths)
+        return numbers * self.keys.element_size()
 
     def _allocate(self, rows: int, length: int) -> None:
         layers, key, value, width = self._shape
         self.capacity, self.length = rows, length
         self.keys = torch.zeros(layers, rows, key[0], length + 1, key[1], **self._options)
         self.values = torch.zeros(layers, rows, value[0], length + 1, value[1], **self._options)
-        self.hidden = torch.zeros(rows, length + 1, width, **self._options)
+        self.hidden = {d: torch.zeros(rows, length + 1, width, **self._options) for d in self.depths}
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for `rows` rows of `length` positions; what is in use stays."""
@@ -141,29 +194,29 @@ class Rows:
         self._allocate(rows, length)
         self.keys[:, :n, :, :old] = keys[:, :n, :, :old]
         self.values[:, :n, :, :old] = values[:, :n, :, :old]
-        self.hidden[:n, :old] = hidden[:n, :old]
+        for d, kept in hidden.items():
+            self.hidden[d][:n, :old] = kept[:n, :old]
 
     def acquire(self, prefix: Prefix, length: int) -> Slot:
         """A row that holds `prefix`, with room for `length` positions."""
         if len(self.used) == self.capacity or length > self.length:
             self.reserve(max(2 * len(self.used), 1) if len(self.used) == self.capacity else 0, length)
-        slot = Slot(len(self.used))
+        slot = Slot(len(self.used), {d: prefix.reaches(d) for d in self.depths})
         self.used.append(slot)
-        for i, s in enumerate(prefix.segments):
-            end = prefix.segments[i + 1].start if i + 1 < len(prefix.segments) else prefix.length
-            n = end - s.start
-            self.keys[:, slot.index, :, s.start : end] = s.keys[:, :, :n]
-            self.values[:, slot.index, :, s.start : end] = s.values[:, :, :n]
-            self.hidden[slot.index, s.start : end] = s.hidden[:n]
-        slot.filled = prefix.length
+        for s, stop in prefix.parts():
+            n = stop - s.start
+            self.keys[: s.depth, slot.index, :, s.start : stop] = s.keys[:, :, :n]
+            self.values[: s.depth, slot.index, :, s.start : stop] = s.values[:, :, :n]
+            for d in s.hidden.keys() & self.hidden.keys():
+                self.hidden[d][slot.index, s.start : stop] = s.hidden[d][:n]
         return slot
 
     def release(self, slot: Slot) -> None:
         """Give the row back; the last row in use takes its place."""
         last = self.used[-1]
         if slot.poisoned:  # a masked NaN is still 0 * NaN for whoever comes next
-            for buffer in (self.keys[:, slot.index], self.values[:, slot.index], self.hidden[slot.index]):
-                buffer.zero_()
+            for buffer, _ in self._buffers():
+                buffer[:, slot.index].zero_()
         self._swap(slot, last)
         self.used.pop()
 
@@ -175,12 +228,16 @@ class Rows:
         for slot, intruder in zip(outside, intruders, strict=True):
             self._swap(slot, intruder, keep_second=True)
 
+    def _buffers(self) -> list[tuple[torch.Tensor, int]]:
+        """Every buffer as (..., rows, ...) with the rows on axis 1, and the axis of its positions."""
+        return [(self.keys, 3), (self.values, 3), *((h[None], 2) for h in self.hidden.values())]
+
     def _swap(self, a: Slot, b: Slot, keep_second: bool = False) -> None:
         """Exchange the places of two rows. Unless `keep_second`, what `a` held is not kept."""
         if a is b:
             return
-        n = max(a.filled if keep_second else 0, b.filled)
-        for buffer, axis in ((self.keys, 3), (self.values, 3), (self.hidden[None], 2)):
+        n = max(max(a.filled.values()) if keep_second else 0, max(b.filled.values()))
+        for buffer, axis in self._buffers():
             at = (slice(None),) * (axis - 1)
             first = buffer[:, a.index][(*at, slice(n))]
             second = buffer[:, b.index][(*at, slice(n))]
@@ -191,14 +248,15 @@ class Rows:
         a.index, b.index = b.index, a.index
         self.used[a.index], self.used[b.index] = a, b
 
-    def segment(self, slot: Slot, start: int) -> Segment:
-        """A copy of positions start..filled-1 of a row."""
-        at, span = slot.index, slice(start, slot.filled)
+    def segment(self, slot: Slot, start: int, depth: int) -> Segment:
+        """A copy of the positions of a row from `start` on that have come to `depth`, with every state kept below."""
+        at, stop = slot.index, slot.filled[depth]
+        kept = [d for d in self.depths if d <= depth and slot.filled[d] >= stop]
         return Segment(
             start,
-            self.keys[:, at, :, span].clone(),
-            self.values[:, at, :, span].clone(),
-            self.hidden[at, span].clone(),
+            self.keys[:depth, at, :, start:stop].clone(),
+            self.values[:depth, at, :, start:stop].clone(),
+            {d: self.hidden[d][at, start:stop].clone() for d in kept},
         )
 
 

@@ -7,7 +7,7 @@ log C(m | x') - log C(m | x) to the log ratio (design section 3). Positions coun
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -16,7 +16,12 @@ from powermc.sequences.path import Path
 
 
 class CutLaw(Protocol):
-    """A distribution over cut positions given a path."""
+    """A distribution over cut positions given a path.
+
+    `needs_scores` says whether `log_weights` needs a path that a model has scored, rather than its tokens alone.
+    """
+
+    needs_scores: ClassVar[bool]
 
     def log_weights(self, path: Path) -> np.ndarray:
         """Unnormalised log weights (nats) of cuts `start`, `start + 1`, ...; empty when no cut is possible.
@@ -46,6 +51,7 @@ class Length:
     """Uniform on start..L(x)-1: the log ratio of a move is log (L(x) - start) - log (L(x') - start)."""
 
     start: int = 0
+    needs_scores: ClassVar[bool] = False
 
     def log_weights(self, path: Path) -> np.ndarray:
         return np.zeros(max(len(path) - self.start, 0))
@@ -60,6 +66,7 @@ class Horizon:
 
     stop: int
     start: int = 0
+    needs_scores: ClassVar[bool] = False
 
     def log_weights(self, path: Path) -> np.ndarray:
         return np.zeros(self.stop - self.start)
@@ -74,6 +81,7 @@ class Entropy:
     """
 
     start: int = 0
+    needs_scores: ClassVar[bool] = True
 
     def log_weights(self, path: Path) -> np.ndarray:
         if len(path.entropy) != len(path):

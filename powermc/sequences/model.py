@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from powermc.errors import ArgumentError
 from powermc.sequences.path import Path
-from powermc.types import Choices, Oracle, Request
+from powermc.types import Choices, Oracle, Request, Steps
+
+
+class Without(NamedTuple):
+    """The law q proportional to p^exponent on all tokens but these: its log normaliser sums over the others only."""
+
+    exponent: float
+    tokens: frozenset[int]
+
+
+Exponent: TypeAlias = "float | Without"
+"""What a next-token law is drawn from and normalised by: p^e, or p^e without some tokens."""
 
 
 class Token(NamedTuple):
@@ -21,11 +32,14 @@ class Token(NamedTuple):
     `log_z` holds log sum_v p(v)^e for each exponent asked for, the drawn one first (nats). `slack` is the distance
     in probability of the uniform used to the nearest boundary of the inverse CDF: where it is below the model's
     `resolution`, rounding could have drawn another token. `tokens_run` counts tokens sent through the layers for it.
+    Where q has no token at all (p gives all its mass to those a `Without` leaves out), `token` is -1 and nothing is
+    appended to the row.
     """
 
     token: int
     log_p: float
     entropy: float
+    margin: float
     log_z: tuple[float, ...]
     slack: float
     tokens_run: int
@@ -37,7 +51,7 @@ class Row(Protocol):
     @property
     def model(self) -> Autoregressive: ...
 
-    def extend(self, exponents: tuple[float, ...], choices: Choices) -> Request:
+    def extend(self, exponents: tuple[Exponent, ...], choices: Choices) -> Request:
         """Ask for the next `Token`, drawn at the first exponent; it becomes part of the row's prefix."""
         ...
 
@@ -65,10 +79,11 @@ class Autoregressive(Oracle, Protocol):
         """A row that continues `path.tokens[:cut]`. No work is done yet."""
         ...
 
-    def score(self, path: Path, exponents: Sequence[float]) -> Request:
-        """Ask for `path` with log_p, entropy, the log_z of these exponents and its cache, `by` this very model.
+    def score(self, path: Path, exponents: Sequence[Exponent]) -> Request:
+        """Ask for `path` with log_p, entropy, margin, the log_z of these exponents and its cache, `by` this very model.
 
-        An empty path is legal: it gets the cache of its prompt.
+        What the model has found of its first positions is taken as it is. An empty path is legal: it gets the cache of
+        its prompt.
         """
         ...
 
@@ -81,7 +96,7 @@ class Extend(Request, Generic[R]):
     """The request of `Row.extend`; answered by a `Token`, or a `ChainError`."""
 
     row: R
-    exponents: tuple[float, ...]
+    exponents: tuple[Exponent, ...]
     choices: Choices
 
     @property
@@ -95,11 +110,24 @@ class Score(Request):
 
     model: Autoregressive
     path: Path
-    exponents: tuple[float, ...]
+    exponents: tuple[Exponent, ...]
 
     @property
     def oracle(self) -> Oracle:
         return self.model
+
+
+def scored(
+    model: Autoregressive, path: Path, exponents: Sequence[Exponent] = (), upto: int | None = None
+) -> Steps[Path]:
+    """`path` with the scores of `model` in front, on its first `upto` positions at least (None: on all).
+
+    Asks the model only if something of that is missing.
+    """
+    known = path.view(model)
+    if known is None or known.evaluated(exponents) < (len(path) if upto is None else upto):
+        known = yield model.score(path, tuple(exponents))
+    return known
 
 
 @dataclass(frozen=True)

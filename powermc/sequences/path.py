@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +22,21 @@ StopRule = Callable[[Tokens], bool]
 
 _EMPTY = np.zeros(0)
 _EMPTY.flags.writeable = False
+
+
+class Cache(Protocol):
+    """A model's handle on the activations of prompt and path, position by position; immutable."""
+
+    def upto(self, length: int) -> Cache:
+        """The same for the first `length` positions, the prompt's included."""
+        ...
+
+
+class Cut(NamedTuple):
+    """What a move on paths and its reverse share: the position cut at, and the tokens before it."""
+
+    position: int
+    prefix: Tokens
 
 
 @dataclass(frozen=True)
@@ -82,12 +97,15 @@ class Path:
     finished
         True if the path ended by an end token or a stop rule, False if it was cut by the horizon.
     log_p
-        Shape (L,), nats: log p(x_t | prompt, x_<t) for the model's raw softmax. None: not evaluated.
+        Shape (L,), nats: log p(x_t | prompt, x_<t) for the model's raw softmax. None: not evaluated. Shorter where
+        only the first positions have been evaluated, those shared with an earlier path.
     entropy
-        Shape (L,), nats: entropy of p(. | prompt, x_<t).
+        Shape of log_p, nats: entropy of p(. | prompt, x_<t).
+    margin
+        Shape of log_p: probability of the likeliest next token less that of the second, under p(. | prompt, x_<t).
     log_z
-        For each exponent e evaluated: shape (L,), nats, log sum_v p(v | prompt, x_<t)^e, the log normaliser of the
-        proposal at temperature 1/e.
+        For each exponent e evaluated: shape (L,) or shorter, nats, log sum_v p(v | prompt, x_<t)^e, the log normaliser
+        of the proposal at temperature 1/e. A key may also be a `powermc.sequences.Without`.
     cache
         The model's own handle on activations of this path; immutable, shared between paths with a common prefix.
     by
@@ -101,7 +119,8 @@ class Path:
     finished: bool
     log_p: np.ndarray | None = None
     entropy: np.ndarray = field(default_factory=lambda: _EMPTY)
-    log_z: Mapping[float, np.ndarray] = field(default_factory=lambda: MappingProxyType({}))
+    margin: np.ndarray = field(default_factory=lambda: _EMPTY)
+    log_z: Mapping[Any, np.ndarray] = field(default_factory=lambda: MappingProxyType({}))
     cache: Any = None
     by: Any = None
     others: tuple[Path, ...] = ()
@@ -124,27 +143,42 @@ class Path:
     @cached_property
     def log_prob(self) -> float:
         """log p(path | prompt) in nats, summed in float64."""
-        if self.log_p is None:
+        if self.log_p is None or len(self.log_p) < len(self):
             raise ArgumentError(f"{self!r} has not been scored by a model yet")
         return float(self.log_p.sum())
 
     def view(self, model: Any) -> Path | None:
-        """This path with the scores of `model` in front, or None if that very model has not scored it."""
+        """This path with the scores of `model` in front, or None if that very model has not scored any of it."""
         if self.by is model:
             return self
         for other in self.others:
             if other.by is model:
                 rest = (o for o in self.others if o is not other)
-                return replace(other, others=(*rest, replace(self, others=())))
+                mine = () if self.log_p is None else (replace(self, others=()),)
+                return replace(other, tokens=self.tokens, finished=self.finished, others=(*rest, *mine))
         return None
 
-    def scored(self, model: Any, exponents: Sequence[float] = ()) -> bool:
-        """Whether `model` has found log p and the log normalisers of these exponents."""
-        path = self.view(model)
-        return path is not None and path.log_p is not None and all(e in path.log_z for e in exponents)
+    def scored(self, model: Any, exponents: Sequence[Any] = ()) -> bool:
+        """Whether `model` has found log p and the log normalisers of these exponents, for the whole path."""
+        path, n = self.view(model), len(self)
+        if path is None or path.log_p is None or len(path.log_p) < n:
+            return False
+        return all(len(path.log_z.get(e, _EMPTY)) == n for e in exponents)
+
+    def evaluated(self, exponents: Sequence[Any] = ()) -> int:
+        """For how many positions, from the first on, log p and the log normalisers of these exponents are there."""
+        if self.log_p is None:
+            return 0
+        return min([len(self.log_p), *(len(self.log_z.get(e, _EMPTY)) for e in exponents)])
 
     def with_scores(
-        self, model: Any, log_p: np.ndarray, entropy: np.ndarray, log_z: Mapping[float, np.ndarray], cache: Any
+        self,
+        model: Any,
+        log_p: np.ndarray,
+        entropy: np.ndarray,
+        margin: np.ndarray,
+        log_z: Mapping[Any, np.ndarray],
+        cache: Any,
     ) -> Path:
         """This path evaluated by `model`. Normalisers that it has found before, and other models' scores, are kept."""
         known = self.view(model)
@@ -152,7 +186,24 @@ class Path:
         if known is None and self.log_p is not None:
             others = (*others, replace(self, others=()))
         merged = MappingProxyType({**(known.log_z if known else {}), **log_z})
-        return replace(self, log_p=log_p, entropy=entropy, log_z=merged, cache=cache, by=model, others=others)
+        return Path(
+            self.prompt, self.tokens, self.finished, log_p, entropy, margin, merged, cache, by=model, others=others
+        )
+
+    def continued(self, cut: int, tokens: Tokens, finished: bool) -> Path:
+        """The path `tokens`, which shares its first `cut` tokens with this one: what any model found of those is kept.
+
+        So a model that scores the new path starts at the cut.
+        """
+
+        def kept(view: Path) -> Path:
+            cache = None if view.cache is None else view.cache.upto(len(self.prompt.ids) + cut)
+            log_z = MappingProxyType({e: z[:cut] for e, z in view.log_z.items()})
+            log_p = None if view.log_p is None else view.log_p[:cut]
+            scores = (log_p, view.entropy[:cut], view.margin[:cut], log_z, cache)
+            return Path(self.prompt, tokens, finished, *scores, by=view.by)
+
+        return replace(kept(self), others=tuple(map(kept, self.others)))
 
     def detached(self) -> Path:
         """This path without the model's activations: what a result keeps."""

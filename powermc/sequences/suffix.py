@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from powermc.errors import ArgumentError
 from powermc.sequences.cuts import CutLaw, log_prob
-from powermc.sequences.model import Autoregressive
-from powermc.sequences.path import Path, Space
-from powermc.types import Choices, Field, Fields, Move, Steps
+from powermc.sequences.drawing import DRAWN, draw, log_q
+from powermc.sequences.model import Autoregressive, scored
+from powermc.sequences.path import Cut, Path, Space
+from powermc.sequences.routing import Models, first_model, model_at
+from powermc.types import Choices, Fields, Move, Steps
 
 
 def default_temperature(alpha: float) -> float:
@@ -34,31 +34,8 @@ def draft(
     cut. Returns the new path (fully scored), the number of tokens run through the model, and the number of draws
     that rounding could have changed.
     """
-    assert path.log_p is not None, "a draft continues a scored path"
-    exponent = 1.0 / temperature
-    tokens = path.tokens[:cut]
-    drawn: list[tuple[float, float, float]] = []
-    ran = near_ties = 0
-    finished = False
-    row = model.branch(path, cut)
-    try:
-        while not finished and len(tokens) < space.horizon:
-            token = yield row.extend((exponent,), choices.at("token", len(tokens)))
-            tokens += (token.token,)
-            drawn.append((token.log_p, token.entropy, token.log_z[0]))
-            ran += token.tokens_run
-            near_ties += token.slack < model.resolution
-            finished = space.ends(tokens)
-        cache = row.cache()
-    finally:
-        row.release()
-    tail = np.array(drawn, dtype=np.float64).reshape(-1, 3)
-    log_p, entropy, log_z = (
-        np.concatenate((head[:cut], tail[:, i]))
-        for i, head in enumerate((path.log_p, path.entropy, path.log_z[exponent]))
-    )
-    new = Path(path.prompt, tokens, finished).with_scores(model, log_p, entropy, {exponent: log_z}, cache)
-    return new, ran, near_ties
+    block = yield from draw(model, path, cut, space.horizon, 1.0 / temperature, choices, space.ends)
+    return block.onto(path, block.tokens, block.finished), block.ran, block.near_ties
 
 
 @dataclass(frozen=True)
@@ -69,13 +46,16 @@ class Suffix:
     + log C(m | x') - log C(m | x), with log q_t = log p_t / temperature - log Z_t over *whole* tails. The temperature
     is independent of the target's alpha.
 
+    `model` may be a `ByCut` of several: q is then that of the model chosen by (m, x_<m), the same in both directions;
+    a cut law that needs scores takes those of the first option, for both paths.
+
     A cut at or past the end of x, and a current tail that q could not have drawn, are null moves.
 
     Info: `cut`; `proposal_length` (tokens drawn); `tokens` (tokens run through the model); `near_ties` (draws that
     rounding could have changed).
     """
 
-    model: Autoregressive
+    model: Models
     space: Space
     cuts: CutLaw
     temperature: float = 1.0
@@ -85,34 +65,40 @@ class Suffix:
 
     @property
     def fields(self) -> Fields:
-        return {
-            "cut": Field("int32", -1),
-            "proposal_length": Field("int32", 0),
-            "tokens": Field("int32", 0),
-            "near_ties": Field("int32", 0),
-        }
+        return DRAWN
 
     def propose(self, choices: Choices, value: Path) -> Steps[Move[Path]]:
-        exponent = 1.0 / self.temperature
-        x = value.view(self.model)
-        if x is None or not x.scored(self.model, (exponent,)):
-            x = yield self.model.score(value, (exponent,))
+        exponent, x = 1.0 / self.temperature, value
+        if self.cuts.needs_scores:
+            x = yield from scored(first_model(self.model), x, (exponent,))
         weights = self.cuts.log_weights(x)
         if not len(weights):
             return Move(x, x, null=True)
         m = self.cuts.start + choices.at("cut").categorical(weights)
-        if m >= len(x) or not self.log_q(x, m) > -math.inf:
+        if m >= len(x):
             return Move(x, x, null=True, info={"cut": m})
-        y, ran, near_ties = yield from draft(self.model, self.space, x, m, self.temperature, choices)
+        cut = Cut(m, x.tokens[:m])
+        model = model_at(self.model, cut)
+        x = yield from scored(model, x, (exponent,))
+        if not self.log_q(x, m) > -math.inf:
+            return Move(x, x, null=True, info={"cut": m})
+        y, ran, near_ties = yield from draft(model, self.space, x, m, self.temperature, choices)
+        if self.cuts.needs_scores:  # by the first model, and back to the front with those of q
+            y = yield from scored(first_model(self.model), y, (exponent,))
+            y = yield from scored(model, y, (exponent,))
         info = {"cut": m, "proposal_length": len(y) - m, "tokens": ran, "near_ties": near_ties}
-        return Move(y, x, self.log_hastings(x, y, m), info=info)
+        return Move(y, x, self.log_hastings(x, y, m), info=info, auxiliary=cut)
 
     def log_hastings(self, x: Path, y: Path, m: int) -> float:
-        """log q(x | y) - log q(y | x), in nats, for a move from x to y cut at m."""
-        return self.log_q(x, m) - self.log_q(y, m) + log_prob(self.cuts, m, y) - log_prob(self.cuts, m, x)
+        """log q(x | y) - log q(y | x), in nats, for a move from x to y cut at m; both with the scores of q in front."""
+        return self.log_q(x, m) - self.log_q(y, m) + self.log_cut(y, m) - self.log_cut(x, m)
 
     def log_q(self, path: Path, m: int) -> float:
         """log q of the tail of `path` from position m on, given what comes before."""
-        exponent = 1.0 / self.temperature
-        assert path.log_p is not None
-        return float(exponent * path.log_p[m:].sum() - path.log_z[exponent][m:].sum())
+        return log_q(path, 1.0 / self.temperature, m, len(path))
+
+    def log_cut(self, path: Path, m: int) -> float:
+        """log C(m | path)."""
+        weighed = path.view(first_model(self.model)) if self.cuts.needs_scores else path
+        assert weighed is not None, "the cut law needs the scores of the first model"
+        return log_prob(self.cuts, m, weighed)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from powermc.errors import ArgumentError
-from powermc.sequences.model import Extend, Score, Token
+from powermc.sequences.model import Exponent, Extend, Score, Token, Without
 from powermc.sequences.path import Path, Tokens
 from powermc.types import Choices, Request
 
@@ -36,7 +36,8 @@ class TabularModel:
     table: np.ndarray
     order: int
     resolution: float = 0.0
-    _memo: dict[tuple[int, float], tuple[np.ndarray, float]] = field(default_factory=dict, repr=False, compare=False)
+    _memo: dict[tuple[int, Exponent], tuple[np.ndarray, float]] = field(default_factory=dict, repr=False, compare=False)
+    _rows: dict[int, tuple[np.ndarray, float, float]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         table = np.ascontiguousarray(self.table, dtype=np.float64)
@@ -79,28 +80,35 @@ class TabularModel:
             context = self.after(context, token)
         return context
 
-    def log_row(self, context: int) -> tuple[np.ndarray, float]:
-        """(log p(. | context), entropy), nats."""
-        log_p, _ = self.tempered_row(context, 1.0)
-        if (context, 0.0) not in self._memo:
+    def log_row(self, context: int) -> tuple[np.ndarray, float, float]:
+        """(log p(. | context) in nats, its entropy in nats, its margin)."""
+        row = self._rows.get(context)
+        if row is None:
+            log_p, _ = self.tempered_row(context, 1.0)
             p = self.table[context]
-            self._memo[context, 0.0] = (log_p, -float(np.dot(p[p > 0], log_p[p > 0])))
-        return self._memo[context, 0.0]
+            top = np.sort(p)[-2:]
+            entropy = -float(np.dot(p[p > 0], log_p[p > 0]))
+            row = self._rows[context] = (log_p, entropy, float(top[-1] - top[:-1].sum()))
+        return row
 
-    def tempered_row(self, context: int, exponent: float) -> tuple[np.ndarray, float]:
-        """(log q(. | context), log Z) for q = p^exponent / Z; exponent > 0."""
+    def tempered_row(self, context: int, exponent: Exponent) -> tuple[np.ndarray, float]:
+        """(log q(. | context), log Z) for q = p^exponent / Z; exponent > 0. No token is left: (all -inf, -inf)."""
         row = self._memo.get((context, exponent))
         if row is None:
+            e = exponent.exponent if isinstance(exponent, Without) else exponent
             with np.errstate(divide="ignore"):
-                log_w = exponent * np.log(self.table[context])
+                log_w = e * np.log(self.table[context])
+            if isinstance(exponent, Without):
+                log_w[[v for v in exponent.tokens if 0 <= v < self.vocab_size]] = -np.inf
             log_z = 0.0 if exponent == 1 else float(np.logaddexp.reduce(log_w))
-            row = self._memo[context, exponent] = (log_w - log_z, log_z)
+            log_q = log_w - log_z if log_z > -np.inf else log_w
+            row = self._memo[context, exponent] = (log_q, log_z)
         return row
 
     def branch(self, path: Path, cut: int) -> TabularRow:
         return TabularRow(self, self.context(path.tokens[:cut]))
 
-    def score(self, path: Path, exponents: Sequence[float]) -> Request:
+    def score(self, path: Path, exponents: Sequence[Exponent]) -> Request:
         return Score(self, path, tuple(exponents))
 
     def answer(self, requests: Sequence[Extend[TabularRow] | Score]) -> list[Any]:
@@ -109,23 +117,25 @@ class TabularModel:
     def _extend(self, request: Extend[TabularRow]) -> Token:
         row, exponents = request.row, request.exponents
         log_q, log_z = self.tempered_row(row.context, exponents[0])
+        log_p, entropy, margin = self.log_row(row.context)
+        if log_z == -np.inf:
+            return Token(-1, -np.inf, entropy, margin, (log_z,), slack=1.0, tokens_run=0)
         token = request.choices.categorical(log_q)
-        log_p, entropy = self.log_row(row.context)
         others = tuple(self.tempered_row(row.context, e)[1] for e in exponents[1:])
         row.context = self.after(row.context, token)
-        return Token(token, float(log_p[token]), entropy, (log_z, *others), slack=1.0, tokens_run=1)
+        return Token(token, float(log_p[token]), entropy, margin, (log_z, *others), slack=1.0, tokens_run=1)
 
     def _score(self, request: Score) -> Path:
-        path, context = request.path, self.start_context
-        log_p, entropy = np.empty(len(path)), np.empty(len(path))
-        log_z = {e: np.empty(len(path)) for e in request.exponents}
+        path, context, n = request.path, self.start_context, len(request.path)
+        log_p, entropy, margin = np.empty(n), np.empty(n), np.empty(n)
+        log_z = {e: np.empty(n) for e in request.exponents}
         for t, token in enumerate(path.tokens):
-            row, entropy[t] = self.log_row(context)
+            row, entropy[t], margin[t] = self.log_row(context)
             log_p[t] = row[token]
             for e, values in log_z.items():
                 values[t] = self.tempered_row(context, e)[1]
             context = self.after(context, token)
-        return path.with_scores(self, log_p, entropy, log_z, None)
+        return path.with_scores(self, log_p, entropy, margin, log_z, None)
 
 
 class TabularRow:
@@ -136,7 +146,7 @@ class TabularRow:
     def __init__(self, model: TabularModel, context: int) -> None:
         self.model, self.context = model, context
 
-    def extend(self, exponents: tuple[float, ...], choices: Choices) -> Request:
+    def extend(self, exponents: tuple[Exponent, ...], choices: Choices) -> Request:
         return Extend(self, exponents, choices)
 
     def cache(self) -> None:

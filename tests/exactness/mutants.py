@@ -90,7 +90,9 @@ class AnyLogZ(Suffix):
     def propose(self, choices, value):
         if value.log_z:
             z = next(iter(value.log_z.values()))
-            value = value.with_scores(value.by, value.log_p, value.entropy, {1 / self.temperature: z}, value.cache)
+            value = value.with_scores(
+                value.by, value.log_p, value.entropy, value.margin, {1 / self.temperature: z}, value.cache
+            )
         return (yield from super().propose(choices, value))
 
 
@@ -135,7 +137,7 @@ class CountsBeyondTheEnd(Suffix):
         y: Path = move.value
         n = next(n for n in range(1, len(y) + 1) if n == len(y) or self.space.ends(y.tokens[:n]))
         cut = Path(y.prompt, y.tokens[:n], self.space.ends(y.tokens[:n])).with_scores(
-            self.model, y.log_p[:n], y.entropy[:n], {e: z[:n] for e, z in y.log_z.items()}, None
+            self.model, y.log_p[:n], y.entropy[:n], y.margin[:n], {e: z[:n] for e, z in y.log_z.items()}, None
         )
         beyond = ALPHA * float(y.log_p[n:].sum()) - self.log_q(y, n)
         hastings = self.log_hastings(move.origin, cut, move.info["cut"]) + beyond

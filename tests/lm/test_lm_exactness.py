@@ -6,7 +6,7 @@ P_2 = P P with the state, cached activations included, carried over.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 from powermc.choices import Stream
 from powermc.kernels import Cycle, Metropolis, Mixture
 from powermc.lm import CausalLM
-from powermc.lm.model import ModelRow
+from powermc.lm.oracle import DecoderRow
 from powermc.lm.rows import Prefix
 from powermc.scheduling import run
 from powermc.sequences import BlockwisePower, Entropy, Horizon, Length, Path, SequenceProbability, Space, Suffix
@@ -98,27 +98,36 @@ def test_block_scope_is_exact_given_its_prefix_and_not_jointly() -> None:
         assert all(v.tokens[:2] == start.tokens[:2] for v in reached)
 
 
+@dataclass
+class _Box:
+    """A cache that is written to: whoever holds it sees the latest draft."""
+
+    now: Prefix
+
+    def upto(self, length: int) -> _Box:
+        return self
+
+
 class _OneCachePerChain(CausalLM):
     """Mutant: a chain has one cache, drafts write into it, and a rejection does not restore it."""
 
-    def branch(self, path: Path, cut: int) -> ModelRow:
-        row = super().branch(replace(path, cache=path.cache["now"]), cut)
+    def branch(self, path: Path, cut: int) -> DecoderRow:
         box = path.cache
+        row = super().branch(replace(path, cache=box.now), cut)
         keep = row.cache
 
         def cache() -> Any:
-            box["now"] = keep()
-            return {"now": box["now"]}
+            box.now = keep()
+            return _Box(box.now)
 
         row.cache = cache  # type: ignore[method-assign]
         return row
 
-    def _known(self, path: Path) -> Prefix | None:
-        return path.cache["now"] if isinstance(path.cache, dict) else super()._known(path)
+    def score(self, path: Path, exponents: Any) -> Any:
+        return super().score(replace(path, cache=path.cache.now) if isinstance(path.cache, _Box) else path, exponents)
 
     def _score_one(self, request: Any, cache: Prefix, row: int) -> Any:
-        scored = super()._score_one(request, cache, row)
-        return replace(scored, cache={"now": cache})
+        return replace(super()._score_one(request, cache, row), cache=_Box(cache))
 
 
 def test_mutant_cache_not_restored_after_rejection() -> None:
@@ -134,8 +143,8 @@ def test_mutant_is_only_the_cache() -> None:
     """The same subclassing with the box renewed at every draft is exact: what fails above is the sharing."""
 
     class Renewed(_OneCachePerChain):
-        def branch(self, path: Path, cut: int) -> ModelRow:
-            return super().branch(replace(path, cache=dict(path.cache)), cut)
+        def branch(self, path: Path, cut: int) -> DecoderRow:
+            return super().branch(replace(path, cache=replace(path.cache)), cut)
 
     lm = toy_lm()
     prove(

@@ -1,0 +1,110 @@
+"""Running a span of a decoder's blocks through the decoder's own forward.
+
+`Gated` is a shadow of the body: a shallow copy in which every block stands behind a gate. The blocks, and all
+parameters, are the owner's; the owner's model is not touched, so whatever its owner does with it meanwhile (generate,
+save, capture hidden states, in any thread) is unaffected, and there is nothing to undo.
+
+Every pass goes through the body's whole forward: embedding, positions, masks, the loop over the blocks, final norm. A
+gate outside the span hands its input on; the gate before the span replaces it by the states given. Slicing the list of
+blocks instead would renumber them, which Gemma 2 and 3, GPT-2 and windowed Qwen2 do not survive.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from powermc.errors import ModelError
+
+
+@dataclass
+class Span:
+    """What one pass is to do: run layers first..last-1, from `states` if first > 0, and keep the states at `wanted`."""
+
+    first: int
+    last: int
+    states: torch.Tensor | None = None
+    wanted: Collection[int] = ()
+    found: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class Gated:
+    """The body of a causal language model, span by span. One pass at a time.
+
+    Raises `ModelError` where the blocks cannot be found: a body without exactly one list of `layers` modules.
+    """
+
+    def __init__(self, body: nn.Module, layers: int) -> None:
+        where = [name for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers and name]
+        where = [name for name in where if not any(name.startswith(f"{other}.") for other in where)]
+        if len(where) != 1:
+            raise ModelError(
+                f"{type(body).__name__} has {len(where)} lists of {layers} blocks, not one: it cannot be run in part"
+            )
+        self.path = where[0]
+        self.blocks: nn.ModuleList = body.get_submodule(self.path)  # type: ignore[assignment]
+        self._span: Span | None = None
+        self._body = self._shadow(body)
+
+    def _shadow(self, body: nn.Module) -> nn.Module:
+        """Copies of the modules on the way to the list of blocks, and gates in its place."""
+        *way, name = self.path.split(".")
+        top = module = _shallow(body)
+        for step in way:
+            module._modules[step] = _shallow(module._modules[step])
+            module = module._modules[step]
+        blocks: Any = module._modules[name]
+        module._modules[name] = nn.ModuleList(_Gate(self, blocks, i) for i in range(len(blocks)))
+        return top
+
+    @property
+    def span(self) -> Span:
+        assert self._span is not None, "gates are used inside a pass only"
+        return self._span
+
+    def __call__(self, span: Span, **inputs: Any) -> torch.Tensor:
+        """Run the span; return the final norm of the last block's output. `span.found` holds the states wanted."""
+        self._span = span
+        try:
+            return self._body(**inputs).last_hidden_state
+        finally:
+            self._span = None
+
+
+def _shallow(module: Any) -> Any:
+    """A module of its own with the same parameters, buffers and children."""
+    shadow = copy.copy(module)
+    shadow.__dict__["_modules"] = dict(module._modules)
+    return shadow
+
+
+class _Gate(nn.Module):
+    """Stands where block `index` stood, and looks like it. The block stays in the owner's list."""
+
+    def __init__(self, gated: Gated, blocks: nn.ModuleList, index: int) -> None:
+        super().__init__()
+        # Not as attributes of a module: the blocks must not become children of the gate.
+        self.__dict__.update(gated=gated, blocks=blocks, index=index, tuple_length=0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["blocks"][self.__dict__["index"]], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        span, after = self.gated.span, self.index + 1
+        if span.first < after <= span.last:
+            output = self.blocks[self.index](*args, **kwargs)
+            state = output[0] if isinstance(output, tuple) else output
+            self.__dict__["tuple_length"] = len(output) if isinstance(output, tuple) else 0
+        else:
+            given = args[0] if args else kwargs["hidden_states"]
+            state = span.states if after == span.first else given
+            n = self.tuple_length
+            output = (state, *[None] * (n - 1)) if n else state
+        if after in span.wanted:
+            span.found[after] = state
+        return output

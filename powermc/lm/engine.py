@@ -1,0 +1,127 @@
+"""What all depths of one model share: the buffer of rows, the prompts already run, the ledger.
+
+The unit of cost is a position run through a span of layers. `Engine` brings rows to a depth: from the deepest depth
+that their positions have come to, whoever ran them that far, so that no position passes a layer twice.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+
+from powermc.errors import ModelError
+from powermc.lm.cost import cost_of
+from powermc.lm.decoder import Decoder, Work
+from powermc.lm.ledger import Ledger
+from powermc.lm.rows import Prefix, Segment, Slot
+from powermc.sequences.path import Path, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_RECENT_PROMPTS = 16
+_PASS_TOKENS = 4096
+_PASS_ROWS = 16
+
+
+class Engine:
+    """Runs the layers of one decoder for everything that reads its states."""
+
+    def __init__(self, model: PreTrainedModel, max_rows: int) -> None:
+        self.decoder = decoder = Decoder(model, max_rows)
+        self.rows = decoder.rows
+        self.ledger = Ledger(layers=decoder.layers)
+        self.cost = cost_of(decoder.blocks, decoder.config, *decoder.rows.dims, model.get_output_embeddings())
+        self._prompts: WeakValueDictionary[tuple[int, Tokens], Segment] = WeakValueDictionary()
+        self._recent: deque[Segment] = deque(maxlen=_RECENT_PROMPTS)
+        self._parameters = list(model.parameters())
+
+    def check_mode(self) -> None:
+        """Raise `ModelError` if the model's owner has put it in training mode: dropout is not part of p."""
+        if self.decoder.model.training:
+            raise ModelError(f"{self.decoder.name} is in training mode; call model.eval() before sampling from it")
+
+    def keep(self, depth: int) -> None:
+        """Keep the states at this depth from now on. Raises `ModelError` for a model that cannot be split there."""
+        if depth not in self.rows.depths:
+            self.rows.keep(depth)
+            self.decoder.check_split(depth)
+
+    def known(self, path: Path, depth: int) -> Prefix:
+        """The activations of the longest prefix of this path that has come to `depth` and is still there."""
+        views = [v for v in (path, *path.others) if getattr(v.by, "engine", None) is self and v.cache is not None]
+        caches: list[Prefix] = [v.cache for v in views]
+        segment = self._prompts.get((self._weights(), path.prompt.ids))
+        if segment is not None:
+            caches.append(Prefix((segment,), segment.stop))
+        return max(caches, key=lambda c: (c.reaches(depth), c.length), default=Prefix())
+
+    def _weights(self) -> int:
+        """A number that changes when the owner of a live model trains it: cached prompts are then out of date."""
+        return sum(p._version for p in self._parameters)
+
+    def run_prompts(self, paths: Sequence[Path], depth: int) -> None:
+        """Run each prompt that no path has brought to `depth` yet, once however many paths share it."""
+        missing = {p.prompt.ids: p for p in paths if self.known(p, depth).reaches(depth) < len(p.prompt.ids)}
+        work = [(self.known(path, depth), ids) for ids, path in missing.items()]
+        for ids, prefix in zip(missing, self.prefixes(work, depth), strict=True):
+            if len(prefix.segments) == 1:
+                self._prompts[self._weights(), ids] = prefix.segments[0]
+                self._recent.append(prefix.segments[0])
+
+    def prefixes(self, work: Sequence[tuple[Prefix, Tokens]], depth: int) -> list[Prefix]:
+        """Each prefix extended to cover all of its ids at `depth`."""
+        done = [prefix for prefix, _ in work]
+        todo = [i for i, (prefix, ids) in enumerate(work) if prefix.reaches(depth) < len(ids)]
+        while todo:
+            # Drafts may hold every row; the spare one is always there.
+            batch, todo = todo[: max(self.rows.free, 1)], todo[max(self.rows.free, 1) :]
+            slots = [self.rows.acquire(work[i][0].upto(len(work[i][1])), len(work[i][1])) for i in batch]
+            try:
+                self.run([(slot, work[i][1]) for slot, i in zip(slots, batch, strict=True)], depth, parallel=True)
+                for slot, i in zip(slots, batch, strict=True):
+                    done[i] = self.extended(work[i][0], slot, depth)
+                    slot.poisoned = not bool(torch.isfinite(done[i].segments[-1].hidden[depth]).all())
+            finally:
+                for slot in slots:
+                    self.rows.release(slot)
+        return done
+
+    def extended(self, prefix: Prefix, slot: Slot, depth: int) -> Prefix:
+        """`prefix` with what its row has brought to `depth` since."""
+        start = prefix.reaches(depth)
+        if slot.filled[depth] <= start:
+            return prefix
+        return prefix.upto(start).followed_by(self.rows.segment(slot, start, depth))
+
+    def run(self, rows: Sequence[tuple[Slot, Sequence[int]]], depth: int, *, parallel: bool = False) -> None:
+        """Bring every row to `depth` at all of its ids: long stretches in parallel, then one pass for the last ones.
+
+        `parallel`: rows that lack a single position are not a decode pass of their own.
+        """
+        while todo := [(slot, ids) for slot, ids in rows if slot.filled[depth] < len(ids)]:
+            spans: dict[tuple[int, int, bool], list[Work]] = {}
+            for slot, ids in todo:
+                first, last = 0, depth
+                while (first := slot.next_depth(last)) and slot.filled[first] < len(ids):
+                    last = first
+                n = len(ids) - slot.filled[last]
+                spans.setdefault((first, last, parallel or n > 1), []).append(Work(slot, ids, n))
+            for (first, last, together), work in spans.items():
+                self._pass(work if not together else _batch(work), first, last, together)
+
+    def _pass(self, work: Sequence[Work], first: int, last: int, parallel: bool) -> None:
+        tokens = sum(w.n for w in work)
+        slots = self.decoder.forward(work, first, last)
+        self.ledger.ran((first, last), tokens, parallel=parallel, flops=tokens * self.cost.span(first, last, slots))
+
+
+def _batch(work: Sequence[Work]) -> list[Work]:
+    """The shortest stretches, as many as one parallel pass takes."""
+    batch = sorted(work, key=lambda w: w.n)[:_PASS_ROWS]
+    most = max(1, _PASS_TOKENS // len(batch))
+    return [w._replace(n=min(w.n, most)) for w in batch]
