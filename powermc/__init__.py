@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from powermc.choices import Stream
     from powermc.errors import ArgumentError, ChainError, ModelError, NonFiniteLogits, PowermcError, ZeroProbability
     from powermc.kernels import Cycle, DelayedAcceptance, Metropolis, Mixture
-    from powermc.lm import CausalLM, Ledger
+    from powermc.lm import CausalLM, EarlyExit, Ledger, Lens, cached_lens, calibrate
     from powermc.power import LanguageModel, power_sample
     from powermc.proposals import Independent, RandomWalk
     from powermc.results import Chain, Run
@@ -54,6 +54,7 @@ __all__ = [
     "Cycle",
     "DelayedAcceptance",
     "Draw",
+    "EarlyExit",
     "Entropy",
     "Field",
     "Horizon",
@@ -63,6 +64,7 @@ __all__ = [
     "LanguageModel",
     "Ledger",
     "Length",
+    "Lens",
     "Metropolis",
     "Mixture",
     "ModelError",
@@ -94,6 +96,8 @@ __all__ = [
     "Without",
     "ZeroProbability",
     "__version__",
+    "cached_lens",
+    "calibrate",
     "iterate",
     "power_sample",
     "sample",
@@ -103,7 +107,7 @@ _HOMES = {
     "choices": "Stream",
     "errors": "ArgumentError ChainError ModelError NonFiniteLogits PowermcError ZeroProbability",
     "kernels": "Cycle DelayedAcceptance Metropolis Mixture",
-    "lm": "CausalLM Ledger",
+    "lm": "CausalLM EarlyExit Ledger Lens cached_lens calibrate",
     "power": "LanguageModel power_sample",
     "proposals": "Independent RandomWalk",
     "results": "Chain Run",

@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from powermc.choices import Stream
+from powermc.early_exit import Prepared, prepare
 from powermc.errors import ArgumentError, ChainError
 from powermc.results import Chain, Run
 from powermc.sampling import Records, check_callbacks, without_cache
@@ -82,6 +83,15 @@ def power_sample(
     stop: str | Sequence[str] = (),
     reward: Callable[[str], float] | None = None,
     chat: bool | None = None,
+    kernel: str | None = None,
+    exit: Any = None,
+    layer: int | None = None,
+    proposal: str = "exit",
+    screen: float | None = None,
+    plain: float = 0.1,
+    eta: float | None = None,
+    delta: float | None = None,
+    aggregate: str = "max",
     progress: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
@@ -125,6 +135,21 @@ def power_sample(
         -inf when a block begins ends with `ZeroProbability`; prefer a finite penalty.
     chat
         Whether to apply the chat template; None: if the tokenizer has one.
+    kernel
+        "metropolis": plain Metropolis-Hastings. "early-exit": proposals are drawn and screened by a surrogate, and only
+        survivors are completed to full depth (delayed acceptance). "auto": whichever a short pilot on the first prompts
+        finds clearly cheaper. All have the same target. None: "early-exit" if there is an `exit`.
+    exit
+        The surrogate: a `Lens` of this model or the name of its file, or another model with the same tokenizer. None
+        with another kernel than "metropolis": the model's cached lens, fitted on its own samples if there is none.
+    layer
+        Which exit of the lens; None for its deepest.
+    proposal, plain, eta, delta, aggregate
+        See `powermc.sequences.Screening`: what is proposed ("exit", "substitution", "full"), the share of plain steps,
+        and the gate on the surrogate's entropy (over `eta` nats) or margin (under `delta`).
+    screen
+        Exponent of the surrogate in the first stage, >= 0; None for alpha where the surrogate draws the tail, else
+        fitted on proposals before the first step, and recorded.
     progress
         Show a display on standard error.
     callbacks
@@ -148,6 +173,15 @@ def power_sample(
         stop=stop,
         reward=reward,
         chat=chat,
+        kernel=kernel,
+        exit=exit,
+        layer=layer,
+        proposal=proposal,
+        screen=screen,
+        plain=plain,
+        eta=eta,
+        delta=delta,
+        aggregate=aggregate,
     )
     given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
     settings.check_prompts(given)
@@ -161,17 +195,27 @@ def power_sample(
             f"model must be a CausalLM or the name of one, got {type(model).__name__}; "
             "wrap a model of your own: CausalLM(model, tokenizer)"
         )
-    plan = settings.schedule(model, model.space(max_new_tokens, settings.stop), model.decode)
     ready = distinct([p if isinstance(p, Prompt) else model.prompt(p, chat=chat) for p in given])
     for prompt in ready:
         model.check_fits(prompt, max_new_tokens)
-    return _Recorder(model, plan, ready, settings).run(callbacks, progress)
+    space = model.space(max_new_tokens, settings.stop)
+    prepared = prepare(model, settings, ready, space)
+    plan = settings.schedule(model, space, model.decode, prepared.screening)
+    return _Recorder(model, plan, ready, settings, prepared).run(callbacks, progress)
 
 
 class _Recorder:
     """Runs the chains and writes down what they commit."""
 
-    def __init__(self, model: LanguageModel, plan: BlockwisePower, prompts: list[Prompt], settings: Settings) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        plan: BlockwisePower,
+        prompts: list[Prompt],
+        settings: Settings,
+        prepared: Prepared,
+    ) -> None:
+        self.prepared = prepared
         self.model, self.plan, self.prompts, self.settings = model, plan, prompts, settings
         self.chains, self.steps = settings.chains, plan.blocks * plan.steps
         fields: Fields = {
@@ -217,6 +261,8 @@ class _Recorder:
                     tokens=lambda: model.ledger.decoded + model.ledger.prefilled,
                 )
                 stack.enter_context(display)
+            if self.prepared.drift is not None:
+                stack.enter_context(self.prepared.drift.watching())
             outcomes = stack.enter_context(closing(drive(programs, active=active)))  # type: ignore[type-var]
             try:
                 for outcome in outcomes:
@@ -230,6 +276,7 @@ class _Recorder:
                         at = milestones[event.block][0]
                     elif isinstance(event, Committed):
                         self._commit(key, event)
+                        self.prepared.check_drift()
                         at = milestones[event.block][1 + event.step % plan.steps]
                         for callback in callbacks:
                             callback(*key, event.step, event.state, event.info)
@@ -297,12 +344,14 @@ class _Recorder:
         for (p, c), error in self.errors.items():
             text = f"prompt {p}, chain {c} stopped after {self.taken[p, c]} steps: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=4)
+        infos = tuple(records.arrays for records in self.records)
         return Run(
             model=self.model.name,
             settings={**self.settings.as_dict(), "temperature": self.plan.q_temperature},
             prompts=tuple(self.prompts),
             chains=tuple(tuple(chain((p, c)) for c in range(self.chains)) for p in range(len(self.prompts))),
-            infos=tuple(records.arrays for records in self.records),
+            infos=infos,
+            early_exit=self.prepared.result(self.model, infos, self.prompts, cost),
             cost=cost,
             seconds=seconds,
             resolution=self.model.resolution,

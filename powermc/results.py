@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from powermc._version import __version__
 from powermc.errors import ArgumentError, ChainError
+from powermc.files import write_whole
 from powermc.sequences.path import Path, Prompt
+from powermc.stages import Stages, count_stages
 
 if TYPE_CHECKING:
     from powermc.lm.ledger import Ledger
@@ -81,6 +82,9 @@ class Run:
         Per prompt: name to array of shape (chain, step), over the steps of all blocks. Beside what the kernel
         declares: `block`, and `log_p` (nats), `log_density` (nats, of the target) and `length` (tokens) after the
         step. Where a chain did not get, arrays hold the declared fill value (-1 for `block`).
+    early_exit
+        The kernel that ran, what was fitted or chosen before the first step, and for a screened kernel what its stages
+        cost; JSON-able. See `stages` for the counts.
     cost
         The model's ledger for this run.
     seconds
@@ -98,6 +102,7 @@ class Run:
     prompts: tuple[Prompt, ...]
     chains: tuple[tuple[Chain, ...], ...]
     infos: tuple[dict[str, np.ndarray], ...]
+    early_exit: Mapping[str, Any]
     cost: Ledger
     seconds: float
     resolution: float
@@ -152,6 +157,11 @@ class Run:
         """Tokens evaluated by the model, decoded and prefilled."""
         return self.cost.decoded + self.cost.prefilled
 
+    @property
+    def stages(self) -> Stages | None:
+        """What the stages of delayed acceptance did; None for plain Metropolis-Hastings."""
+        return count_stages(self.infos) if self.early_exit["kernel"] == "early-exit" else None
+
     def whole(self, prompt: int, chain: int) -> bool:
         """Whether the chain's last path is one of the whole space: ended by itself or at the horizon."""
         path = self.chains[prompt][chain].path
@@ -191,7 +201,7 @@ class Run:
             steps = sum(chain.steps for chains in self.chains for chain in chains)
             lines.append(f"interrupted after {steps:,} of {rows * self._steps_per_chain():,} steps")
         lines += [f"prompt {p}, chain {c} stopped: {error}" for (p, c), error in self.errors.items()]
-        return "\n".join([*lines, *self._cost_lines()])
+        return "\n".join([*lines, *self._stage_lines(), *self._cost_lines()])
 
     def _steps_per_chain(self) -> int:
         return -(-self.settings["max_new_tokens"] // self.settings["block_size"]) * self.settings["steps"]
@@ -244,6 +254,40 @@ class Run:
             lines.append(f"... and {len(self.prompts) - _MANY_PROMPTS} more prompts")
         return lines
 
+    def _stage_lines(self) -> list[str]:
+        """What a screened kernel did, and the cost of its proposals beside the cost model's."""
+        facts, stages = self.early_exit, self.stages
+        lines = textwrap.wrap(facts["verdict"], 80) if "verdict" in facts else []
+        if stages is None:
+            return lines
+        fitted = " (fitted)" if facts["exponent_fitted"] else ""
+        lines += [
+            f"early exit: {facts['surrogate']};",
+            f"      proposal {facts['proposal']}, screening exponent {facts['exponent']:.3g}{fitted}, "
+            f"plain steps {facts['plain']:.0%}",
+            f"stage 1: {_share(stages.passed, stages.screened)} passed, {_count(stages.saved, 'completion')} saved; "
+            f"stage 2: {_share(stages.accepted, stages.passed)} accepted",
+            f"      gated {_share(stages.gated, stages.screened + stages.gated)}, plain {stages.plain}",
+        ]
+        if facts["advice"]:
+            lines += textwrap.wrap(f"note: {facts['advice']}", 80)
+        if stages.screened and (cost := facts.get("cost")):
+            mid, tail, model, counted, full = (
+                f"{cost[name] / 1e9:.2f}" for name in ("c_mid", "c_tail", "model", "counted", "full_depth")
+            )
+            lines += [
+                f"GFLOP per screened proposal: {counted} counted; {full} at full depth;",
+                f"      (1-rho) C_mid + rho (C_mid + C_tail) = {model}",
+                f"      with rho {cost['rho']:.2f}, C_mid {mid}, C_tail {tail}",
+            ]
+        if facts.get("kl_positions"):
+            lines += [
+                f"KL(p||p~) on completed tails: {facts['kl']:.2f} nats ({facts['kl_positions']} positions, "
+                "survivors only);",
+                f"      held out {facts['kl_held_out']:.2f}",
+            ]
+        return lines
+
     def _cost_lines(self) -> list[str]:
         cost, ties = self.cost.as_dict(), self.near_ties
         depths = ", ".join(f"{n:,} at layers {depth}" for depth, n in cost["tokens_by_depth"].items())
@@ -275,6 +319,7 @@ class Run:
             "seconds": self.seconds,
             "cost": self.cost.as_dict(),
             "near_ties": self.near_ties,
+            "early_exit": _jsonable(self.early_exit),
             "prompts": [
                 {
                     "text": prompt.text,
@@ -309,25 +354,6 @@ class Run:
         write_whole(path, json.dumps(self.to_dict(), allow_nan=False, default=str) + "\n")
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file through a temporary one beside it, so that a crash leaves the old file or the new one."""
-    target = FilePath(path).resolve()
-    if target.exists() and not target.is_file():  # a pipe or a device
-        target.write_text(text, encoding="utf-8")
-        return
-    fd, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp made it private
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def shorten(text: str, width: int) -> str:
     """Text on one line of at most `width` characters, quoted like a Python string so that no control character acts."""
     quoted = repr(" ".join(text.split()))
@@ -338,6 +364,15 @@ def _path_dict(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {"tokens": None, "length": None, "log_p": None, "finished": None}
     return {"tokens": list(path.tokens), "length": len(path), "log_p": path.log_prob, "finished": path.finished}
+
+
+def _jsonable(value: Any) -> Any:
+    """The same with NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {key: _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(values: np.ndarray) -> list[Any]:

@@ -14,7 +14,14 @@ from powermc.sampling import check_count
 from powermc.sequences.growth import BlockwisePower
 from powermc.sequences.model import Autoregressive
 from powermc.sequences.path import Path, Prompt, Space, Tokens
-from powermc.targets import Power, Tilted
+from powermc.sequences.screening import Screening
+from powermc.targets import Tilted
+from powermc.types import Target
+
+KERNELS = ("metropolis", "early-exit", "auto")
+"""Plain Metropolis-Hastings; early-exit power sampling; whichever a pilot run finds cheaper."""
+
+_SCREENING = ("exit", "layer", "proposal", "screen", "plain", "eta", "delta", "aggregate")
 
 Decode = Callable[[Tokens], str]
 
@@ -38,6 +45,15 @@ class Settings:
     stop: str | Sequence[str] = ()
     reward: Callable[[str], float] | None = None
     chat: bool | None = None
+    kernel: str | None = None
+    exit: Any = None
+    layer: int | None = None
+    proposal: str = "exit"
+    screen: float | None = None
+    plain: float = 0.1
+    eta: float | None = None
+    delta: float | None = None
+    aggregate: str = "max"
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -55,28 +71,63 @@ class Settings:
         if self.reward is not None and not callable(self.reward):
             raise ArgumentError(f"reward must be a function of the generated text, got {self.reward!r}")
         Stream(self.seed)
+        self._check_screening()
         # The rest is checked by the schedule itself, which asks nothing of the model until it runs.
         self.schedule(cast(Autoregressive, None), Space(frozenset(), self.max_new_tokens), str)
 
-    def schedule(self, model: Autoregressive, space: Space, decode: Decode) -> BlockwisePower:
+    def _check_screening(self) -> None:
+        if self.kernel is None:
+            object.__setattr__(self, "kernel", "metropolis" if self.exit is None else "early-exit")
+        if self.kernel not in KERNELS:
+            raise ArgumentError(f"unknown kernel {self.kernel!r}; choose one of {', '.join(KERNELS)}")
+        for name in ("plain", *(n for n in ("screen", "eta", "delta") if getattr(self, n) is not None)):
+            _check_number(name, getattr(self, name))
+        if self.layer is not None:
+            check_count("layer", self.layer, least=1)
+        given = [n for n in _SCREENING if getattr(self, n) != _default(n) and getattr(self, n) is not None]
+        if self.kernel == "metropolis" and given:
+            raise ArgumentError(
+                f"{given[0]} has no effect with kernel 'metropolis'; use kernel='early-exit', or omit it"
+            )
+        chosen = [n for n in given if n not in ("exit", "plain")]
+        if self.kernel == "auto" and chosen:
+            raise ArgumentError(f"kernel 'auto' chooses {chosen[0]} itself; use kernel='early-exit' to set it")
+        self.screening(cast(Autoregressive, _AnyVocabulary()), 1.0)
+
+    def screening(self, surrogate: Autoregressive, exponent: float) -> Screening:
+        """The surrogate's part; `exponent` is that of `screen`, its default filled in."""
+        return Screening(
+            surrogate,
+            exponent if self.screen is None else self.screen,
+            proposal=self.proposal,
+            plain=self.plain,
+            eta=self.eta,
+            delta=self.delta,
+            aggregate=self.aggregate,
+        )
+
+    def schedule(
+        self, model: Autoregressive, space: Space, decode: Decode, screening: Screening | None = None
+    ) -> BlockwisePower:
         """The schedule of one chain on `space`; `decode` gives the text that a reward sees."""
-        alpha, reward, target = self.alpha, self.reward, None
+        reward, tilt = self.reward, None
         if reward is not None:
 
-            def tilted(p: Any) -> Tilted[Path]:
-                return Tilted(Power(p, alpha), lambda path: reward(decode(path.tokens)))
+            def tilted(power: Target[Path]) -> Target[Path]:
+                return Tilted(power, lambda path: reward(decode(path.tokens)))
 
-            target = tilted
+            tilt = tilted
         return BlockwisePower(
             model,
             space,
-            alpha=alpha,
+            alpha=self.alpha,
             temperature=self.temperature,
             block_size=self.block_size,
             steps=self.steps,
             scope=cast(str, self.scope),
             cut=self.cut,
-            target=target,
+            tilt=tilt,
+            screening=screening,
         )
 
     def check_prompts(self, prompts: Sequence[Any]) -> None:
@@ -97,7 +148,17 @@ class Settings:
         name = None if reward is None else getattr(reward, "__name__", type(reward).__name__)
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
-        return {**plain, "stop": list(self.stop), "reward": name}
+        return {**plain, "stop": list(self.stop), "reward": name, "exit": None if self.exit is None else str(self.exit)}
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(Settings) if field.name == name)
+
+
+class _AnyVocabulary:
+    """Stands for a surrogate not known yet, where settings are checked before anything is loaded."""
+
+    vocab_size = 1 << 62
 
 
 def _check_number(name: str, value: Any) -> None:

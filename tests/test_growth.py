@@ -140,18 +140,18 @@ def test_no_steps_is_a_plain_draw_from_q(peaked):
     assert peaked.space.contains(found[-1].value.value.tokens)
 
 
-def test_a_target_of_ones_own_replaces_the_power(peaked):
-    def tilted(p):
-        return Tilted(Power(p, 2.0), lambda x: float(x.tokens[-1] == 2))
+def test_a_tilt_makes_the_target_of_the_power(peaked):
+    def tilted(power):
+        return Tilted(power, lambda x: float(x.tokens[-1] == 2))
 
-    stage = schedule(peaked, block_size=3, target=tilted).stage(0)
+    stage = schedule(peaked, block_size=3, tilt=tilted, alpha=2.0).stage(0)
     found = enumerate_kernel(stage.kernel, peaked.paths)
     law = peaked.power(2.0) * np.exp([float(x.tokens[-1] == 2) for x in peaked.paths])
     assert np.allclose(found.pi, (law / law.sum())[peaked.p > 0])
 
 
 def test_a_target_that_forbids_the_grown_path_ends_that_chain_with_an_error(peaked):
-    growth = schedule(peaked, block_size=1, target=lambda p: Tilted(p, lambda x: -np.inf))
+    growth = schedule(peaked, block_size=1, tilt=lambda power: Tilted(power, lambda x: -np.inf))
     (outcome,) = (e for e in events(growth) if not isinstance(e, Event))
     assert isinstance(outcome, Failed)
     assert isinstance(outcome.error, ZeroProbability)

@@ -115,7 +115,7 @@ def test_the_summary_states_every_chain(run):
             assert re.search(row, text), (row, text)
     assert f"cost: {run.tokens:,} tokens evaluated in " in text
     assert f" tokens/s): {run.tokens:,} at layers 0-2;\n" in text
-    assert f"{run.cost.ticks} sequential steps, 0 prefills" in text
+    assert f"{run.cost.ticks} sequential steps, {run.cost.prefills} prefills" in text
     assert "near-ties" not in text
     assert max(map(len, text.splitlines())) <= 80
 

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
 from powermc.kernels import Cycle, Mixture
-from powermc.sequences import Entropy, Horizon, Length
+from powermc.sequences import ByCut, Entropy, Horizon, Length, Substitution
+from powermc.testing import pairs as on
 from powermc.testing import strategies as toys
 
 SEARCH = {"database": None, "derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -21,6 +22,14 @@ def flat(kernel):
 
 kernels = toys.toys(max_paths=7).flatmap(
     lambda toy: st.tuples(st.just(toy), toys.path_targets(toy).flatmap(lambda target: toys.kernels(toy, target)))
+)
+
+pairs = on.pairs(zeros=True)
+stages = pairs.flatmap(lambda pair: st.tuples(st.just(pair), on.surrogates(pair, zeros=True)))
+gates = on.pairs().flatmap(
+    lambda pair: on.gates(
+        pair, Substitution(pair.surrogate.model, pair.space, 1), pair.surrogate.model, kind="both", by_cut=True
+    )
 )
 
 
@@ -40,6 +49,13 @@ kernels = toys.toys(max_paths=7).flatmap(
         (kernels, lambda k: any(isinstance(part, Cycle) for part in flat(k[1][0]))),
         (kernels, lambda k: sum(isinstance(part, Mixture) for part in flat(k[1][0])) == 2),
         (toys.plain_targets(range(4)), lambda t: t.log_density(0) == -np.inf and t.log_density(1) > -np.inf),
+        (pairs, lambda p: ((p.target.p > 0) & (p.surrogate.p == 0)).sum() > 1),
+        (pairs, lambda p: ((p.target.p == 0) & (p.surrogate.p > 0)).sum() > 1),
+        (pairs, lambda p: abs(p.target.p - p.surrogate.p).sum() > 1.8),
+        (stages, lambda s: isinstance(s[1], ByCut)),
+        (stages, lambda s: isinstance(s[1], on.Table) and -np.inf in s[1].log_weights.values()),
+        (stages, lambda s: isinstance(s[1], on.Power) and s[1].base.model is not s[0].surrogate.model),
+        (gates, lambda g: callable(g.eta) and callable(g.delta)),
         (toys.graphs(range(4)), lambda g: len({len(g(v)) for v in range(4)}) >= 3),
     ],
 )  # fmt: skip

@@ -90,6 +90,39 @@ def sample(
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Apply the chat template; default: if there is one.")
     ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="metropolis|early-exit|auto",
+            help="Plain Metropolis-Hastings; proposals drawn and screened by an early exit; or what a pilot finds "
+            "cheaper. All sample the same target. Default: early-exit if --exit is given.",
+        ),
+    ] = None,
+    exit: Annotated[
+        Path | None, typer.Option(help="A lens made by 'powermc calibrate'; default: the model's cached one.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Which exit of the lens; default: its deepest.")] = None,
+    proposal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exit|substitution|full",
+            help="Tails drawn by the exit (default); a few tokens redrawn by it; or tails drawn at full depth and "
+            "screened all the same, for comparison.",
+        ),
+    ] = None,
+    screen: Annotated[
+        float | None, typer.Option(help="Exponent of the exit in the first stage; default: alpha, or fitted.")
+    ] = None,
+    plain: Annotated[float | None, typer.Option(help="Share of plain full-depth steps mixed in; default 0.1.")] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Gate: tails with an entropy over this (nats) skip the screen.")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Gate: tails with a top-two margin under this skip the screen.")
+    ] = None,
+    aggregate: Annotated[
+        str | None, typer.Option(metavar="max|mean", help="Gate on a tail's worst token (default) or its mean.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the whole run to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the run as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")] = False,
@@ -113,11 +146,126 @@ def sample(
         "seed": seed,
         "stop": stop or None,
         "chat": chat,
+        "kernel": kernel,
+        "exit": exit,
+        "layer": layer,
+        "proposal": proposal,
+        "screen": screen,
+        "plain": plain,
+        "eta": eta,
+        "delta": delta,
+        "aggregate": aggregate,
     }
     options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows}
     source = Source(question, file, demo)
     settings = {name: value for name, value in given.items() if value is not None}
     raise typer.Exit(_guard(lambda: run(source, model, options, settings, out=out, as_json=json, quiet=quiet)))
+
+
+@app.command()
+def calibrate(
+    model: Model = "smollm2",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts from a JSONL file: each line a string, or an object with 'text', 'question' (and 'answer') or "
+            "'prompt' (and 'completion'). Default: samples of the model itself on prompts that ship with powermc.",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="12,16,20", help="Exit after these layers; default four in the upper half.")
+    ] = None,
+    head: Annotated[
+        str,
+        typer.Option(
+            metavar="lens|temperature|ridge|kl",
+            help="The final norm and head as they are, with a temperature, with an affine map before them, or with one "
+            "refined by gradient steps on KL.",
+        ),
+    ] = "ridge",
+    held_out: Annotated[
+        Path | None, typer.Option(help="Report on the texts of this file; default: the last tenth of the data.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Use about this many tokens of the data; default all, or 20000 of its own.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Report the overlap of draws at temperature 1/alpha.")] = 4.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the lens to this file; default: the cache, by fingerprint of the model.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot KL and overlap by layer to this file (.png, .svg).")] = None,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")] = False,
+) -> None:
+    """Fit exit heads that read p(next token) off the middle layers.
+
+    Prints how close each comes to the full model on text that it was not fitted to, and writes a lens file for
+    early-exit sampling with this model.
+    """
+    from powermc.cli.calibrate import run
+
+    options = {"gguf_file": gguf_file, "dtype": dtype, "device": device}
+    settings = {"layers": layers, "head": head, "tokens": tokens, "alpha": alpha}
+    files = {"data": data, "held_out": held_out, "out": out, "plot": plot}
+    raise typer.Exit(_guard(lambda: run(model, options, **files, **settings, quiet=quiet)))  # type: ignore[arg-type]
+
+
+@app.command()
+def pilot(
+    model: Model = "smollm2",
+    data: Annotated[
+        Path | None, typer.Option(help="Prompts, JSONL as for 'sample --file'; default: those that ship with powermc.")
+    ] = None,
+    exit: Annotated[
+        Path | None, typer.Option(help="A lens made by 'powermc calibrate'; default: the model's cached one.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Which exits, such as 20,24; default: all of the lens.")] = None,
+    proposals: Annotated[
+        str, typer.Option(help="Which proposals to try at every exit, with commas between.")
+    ] = "exit,substitution,full",
+    limit: Annotated[int, typer.Option(help="Use the first so many prompts.")] = 20,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    max_rows: Annotated[int, typer.Option(help="Most rows decoded side by side.")] = 64,
+    alpha: Annotated[float, typer.Option(help="Power of the target p(x)^alpha.")] = 4.0,
+    temperature: Annotated[float | None, typer.Option(help="Of the proposals; default min(1, 1/alpha).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    steps: Annotated[int, typer.Option(help="Steps of each chain, at least 4.")] = 8,
+    chains: Annotated[int, typer.Option(help="Chains per prompt.")] = 2,
+    plain: Annotated[float, typer.Option(help="Share of plain full-depth steps mixed in.")] = 0.1,
+    eta: Annotated[float | None, typer.Option(help="Gate on the exit's entropy, nats.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Gate on the exit's top-two margin.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same chains.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
+) -> None:
+    """Find out which early exit pays on a model, if any.
+
+    Runs short chains of plain Metropolis-Hastings and of every exit with every proposal from the same starts, and
+    prints what each did and cost, per step, per accepted move that changed the path and per effective sample of log p.
+    """
+    from powermc.cli.pilot import run
+
+    options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows}
+    settings = {
+        "alpha": alpha,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "steps": steps,
+        "chains": chains,
+        "plain": plain,
+        "proposals": tuple(proposals.split(",")),
+        "eta": eta,
+        "delta": delta,
+        "seed": seed,
+    }
+    raise typer.Exit(
+        _guard(lambda: run(model, options, data, exit, layers, limit, settings, out=out, as_json=json, quiet=quiet))
+    )
 
 
 @app.command()
@@ -129,7 +277,8 @@ def doctor(
 ) -> None:
     """Check this machine, and whether a model can be used.
 
-    Prints versions, threads and the speed of each dtype; with --model the facts of the model and its attach check.
+    Prints versions, threads and the speed of each dtype; with --model the facts of the model, its attach check, and
+    whether its layers can be run in two parts for an early exit.
     """
     from powermc.cli.doctor import run
 

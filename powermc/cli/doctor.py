@@ -7,11 +7,16 @@ import platform
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from powermc._version import __version__
 from powermc.cli.sample import load
 from powermc.cli.show import console, say
+from powermc.errors import ModelError
+
+if TYPE_CHECKING:
+    from powermc.lm import CausalLM
+    from powermc.lm.decoder import Decoder
 
 PACKAGES = (
     "numpy",
@@ -55,7 +60,39 @@ def run(model: str | None, options: dict[str, Any]) -> int:
     width = max(map(len, facts))
     for name, value in facts.items():
         say(out, f"{name.replace('_', ' '):<{width}}  {_fact(name, value)}", indent=2)
+    if hasattr(loaded, "engine"):
+        say(out, "\nearly exits", "bold")
+        for line in splits(loaded):
+            say(out, line, indent=2)
     return 0
+
+
+def splits(model: CausalLM) -> list[str]:
+    """Whether and how a model's layers can be run in two parts: lines of text."""
+    decoder = model.decoder
+    if decoder.layers < 2:
+        return [f"none: the model has {decoder.layers} layer"]
+    lines = [f"blocks  {decoder.layers} in {type(decoder.model).__name__}.{_path(decoder)}"]
+    worst, refused = 0.0, []
+    for depth in range(1, decoder.layers):
+        try:
+            worst = max(worst, model.engine.check_split(depth))
+        except ModelError as error:
+            refused.append((depth, str(error)))
+    good = decoder.layers - 1 - len(refused)
+    if good:
+        lines.append(
+            f"split   {worst:.1e} (largest difference of logits, run in two parts after any of {good} of "
+            f"{decoder.layers - 1} layers against the model's own forward)"
+        )
+    if refused:
+        depths = ", ".join(str(depth) for depth, _ in refused)
+        lines.append(f"refused at layer {depths}: {refused[0][1]}")
+    return lines
+
+
+def _path(decoder: Decoder) -> str:
+    return f"{decoder.model.base_model_prefix}.{decoder.body.path}"
 
 
 def _version(package: str) -> str:

@@ -53,7 +53,6 @@ class Decoder:
         self.layers: int = self.config.num_hidden_layers
         self.body = Gated(self._plain_body, self.layers)
         self.blocks = self.body.blocks
-        self.blocks = self.body.blocks
         attention = self.config._attn_implementation
         if attention not in _ATTENTION:
             raise ModelError(
@@ -63,7 +62,8 @@ class Decoder:
         unknown = sorted(set(types) - set(_MASKS))
         if unknown:
             raise ModelError(
-                f"{self.name} has layers of type {', '.join(unknown)}: rows need full or sliding attention"
+                f"{self.name} has layers of type {', '.join(unknown)}: rows need full or sliding attention in every "
+                "layer; choose a model without recurrent, convolutional or chunked layers"
             )
         self.window: int | None = getattr(self.config, "sliding_window", None)
         if getattr(self.config, "use_sliding_window", True) is False:
@@ -71,7 +71,7 @@ class Decoder:
         self.mask_types = sorted(set(types))
         self.dtype, self.device = model.dtype, model.device
         self.vocab_size: int = head.weight.shape[0]  # type: ignore[assignment]
-        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.context = _context(self.config)
         self.rows, self.cache = self._attach(most_rows)
         self.deviation = self._check()
 
@@ -84,12 +84,15 @@ class Decoder:
                 self.body(Span(0, self.layers), input_ids=ids, use_cache=False)  # the gates learn what blocks return
         except _FOREIGN as error:
             raise ModelError(f"{self.name} does not run on one token: {type(error).__name__}: {error}") from error
-        layers = getattr(out.past_key_values, "layers", None)
+        layers = getattr(getattr(out, "past_key_values", None), "layers", None)
         shapes = {
             (tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers or [] if layer.keys is not None
         }
         if layers is None or len(layers) != self.layers or len(shapes) != 1 or any(s.keys is None for s in layers):
-            raise ModelError(f"{self.name} does not keep one key and value per token, head and layer; it has no rows")
+            raise ModelError(
+                f"{self.name} does not keep one key and value per token, head and layer, of one shape, so it has no "
+                "rows; choose a decoder that caches those"
+            )
         (key, value) = shapes.pop()
         rows = Rows(
             self.layers,
@@ -112,7 +115,9 @@ class Decoder:
             while going := [w for w in work if w.slot.filled[self.layers] < _CHECK_TOKENS]:
                 self.forward([w._replace(n=1) for w in going], 0, self.layers)
 
-        return self._deviation(drive, "row by row", "ALiBi and recurrent models do")
+        return self._deviation(
+            drive, "row by row", "ALiBi and recurrent models cannot: choose one with rotary positions"
+        )
 
     def check_split(self, depth: int) -> float:
         """The same for a model run to `depth` first and from there on later, in other passes and other lengths.
@@ -139,7 +144,7 @@ class Decoder:
                 hidden = self.rows.hidden[self.layers]
                 rows = torch.stack([self.head(hidden[s.index, :_CHECK_TOKENS]) for s in slots]).float()
         except _FOREIGN as error:
-            raise ModelError(f"{self.name} cannot be driven {how}: {type(error).__name__}: {error}") from error
+            raise ModelError(f"{self.name} cannot be driven {how}: {type(error).__name__}: {error} ({hint})") from error
         finally:
             for slot in list(self.rows.used):
                 self.rows.release(slot)
@@ -241,10 +246,23 @@ class _HeadOnly:
 
     def __init__(self, model: PreTrainedModel, hidden: torch.Tensor) -> None:
         self._model = model
-        setattr(self, model.base_model_prefix, lambda *a, **k: _BodyOutput(hidden))
+        setattr(self, model.base_model_prefix, _BodyOnly(hidden))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+class _BodyOnly:
+    """A stand-in for a body, or for the decoder within it (OPT calls that one), that answers with given states."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self._hidden = hidden
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _BodyOutput:
+        return _BodyOutput(self._hidden)
+
+    def __getattr__(self, name: str) -> _BodyOnly:
+        return self
 
 
 class _BodyOutput:
@@ -258,3 +276,12 @@ class _BodyOutput:
 
     def __getattr__(self, name: str) -> None:
         return None
+
+
+def _context(config: Any) -> int | None:
+    """How many positions a path may take. With long rotary factors (Phi 3) no more than before those set in: beyond,
+    the whole batch changes with its longest row, and p(. | prefix) would depend on more than the prefix."""
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return original if original is not None and context is not None else context

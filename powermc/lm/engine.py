@@ -23,6 +23,8 @@ from powermc.sequences.path import Path, Tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from powermc.lm.drift import Drift
+
 _RECENT_PROMPTS = 16
 _PASS_TOKENS = 4096
 _PASS_ROWS = 16
@@ -35,7 +37,8 @@ class Engine:
         self.decoder = decoder = Decoder(model, max_rows)
         self.rows = decoder.rows
         self.ledger = Ledger(layers=decoder.layers)
-        self.cost = cost_of(decoder.blocks, decoder.config, *decoder.rows.dims, model.get_output_embeddings())
+        self.cost = cost_of(decoder.blocks, decoder.config, *decoder.rows.dims, model.get_output_embeddings())  # type: ignore[arg-type]  # the decoder has checked
+        self.watchers: list[Drift] = []
         self._prompts: WeakValueDictionary[tuple[int, Tokens], Segment] = WeakValueDictionary()
         self._recent: deque[Segment] = deque(maxlen=_RECENT_PROMPTS)
         self._parameters = list(model.parameters())
@@ -48,17 +51,31 @@ class Engine:
     def keep(self, depth: int) -> None:
         """Keep the states at this depth from now on. Raises `ModelError` for a model that cannot be split there."""
         if depth not in self.rows.depths:
+            self.check_split(depth)
             self.rows.keep(depth)
-            self.decoder.check_split(depth)
+
+    def check_split(self, depth: int) -> float:
+        """`Decoder.check_split`, after which no more is kept than before."""
+        kept = depth in self.rows.depths
+        self.rows.keep(depth)
+        try:
+            return self.decoder.check_split(depth)
+        finally:
+            if not kept:
+                self.rows.drop(depth)
 
     def known(self, path: Path, depth: int) -> Prefix:
-        """The activations of the longest prefix of this path that has come to `depth` and is still there."""
+        """The activations of this path that are still there, with the longest prefix that has come to `depth`."""
         views = [v for v in (path, *path.others) if getattr(v.by, "engine", None) is self and v.cache is not None]
         caches: list[Prefix] = [v.cache for v in views]
         segment = self._prompts.get((self._weights(), path.prompt.ids))
         if segment is not None:
             caches.append(Prefix((segment,), segment.stop))
-        return max(caches, key=lambda c: (c.reaches(depth), c.length), default=Prefix())
+        if not caches:
+            return Prefix()
+        deepest = max(caches, key=lambda c: (c.reaches(depth), c.reaches(self.decoder.layers)))
+        # Beyond what has come to `depth`: what has come less far, such as a draft at an exit.
+        return deepest.upto(deepest.reaches(depth)).continued_by(max(caches, key=lambda c: c.length))
 
     def _weights(self) -> int:
         """A number that changes when the owner of a live model trains it: cached prompts are then out of date."""
@@ -117,7 +134,8 @@ class Engine:
     def _pass(self, work: Sequence[Work], first: int, last: int, parallel: bool) -> None:
         tokens = sum(w.n for w in work)
         slots = self.decoder.forward(work, first, last)
-        self.ledger.ran((first, last), tokens, parallel=parallel, flops=tokens * self.cost.span(first, last, slots))
+        flops = tokens * self.cost.span(first, last, slots, tokens / len(work))
+        self.ledger.ran((first, last), tokens, parallel=parallel, flops=flops)
 
 
 def _batch(work: Sequence[Work]) -> list[Work]:

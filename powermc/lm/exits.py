@@ -40,10 +40,11 @@ class EarlyExit(DepthOracle):
         super().__init__(model.engine, head.layer)
         model.engine.keep(head.layer)
         self.model, self.layer = model, head.layer
+        self.name = f"{model.name}, layer {head.layer}, {head.kind}"
         self.head = head.to(decoder.device, decoder.dtype)
 
     def __repr__(self) -> str:
-        return f"EarlyExit({self.model.name}, layer {self.layer}, {self.head.kind})"
+        return f"EarlyExit({self.name})"
 
     def branch(self, path: Path, cut: int) -> DecoderRow:
         if self.head.scoring:

@@ -25,8 +25,8 @@ class Ledger:
         Sequential decode passes: a pass of one row and a pass of sixty count the same.
     prefills
         Parallel passes.
-    flops
-        Floating-point operations of all of these, by `powermc.lm.cost`; padding is not counted.
+    span_flops, head_flops
+        Floating-point operations of these, by `powermc.lm.cost`; padding is not counted.
     seconds
         Wall-clock seconds inside the model, drawing included.
     layers
@@ -39,14 +39,15 @@ class Ledger:
     prefilled: int = 0
     ticks: int = 0
     prefills: int = 0
-    flops: float = 0.0
+    span_flops: Counter[tuple[int, int]] = field(default_factory=Counter)
+    head_flops: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
     layers: int = 0
 
     def ran(self, span: tuple[int, int], tokens: int, *, parallel: bool, flops: float = 0.0) -> None:
         """Count one pass."""
         self.spans[span] += tokens
-        self.flops += flops
+        self.span_flops[span] += flops  # type: ignore[assignment]  # a counter of floats
         if parallel:
             self.prefilled += tokens
             self.prefills += 1
@@ -57,7 +58,12 @@ class Ledger:
     def read(self, depth: int, states: int, flops: float = 0.0) -> None:
         """Count states turned into logits."""
         self.heads[depth] += states
-        self.flops += flops
+        self.head_flops[depth] += flops  # type: ignore[assignment]
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of layers and heads together."""
+        return float(self.span_flops.total() + self.head_flops.total())
 
     def copy(self) -> Ledger:
         return self.since(Ledger())

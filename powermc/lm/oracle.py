@@ -133,9 +133,12 @@ class DepthOracle(ABC):
 
     def _score_one(self, request: Score, cache: Prefix, row: int) -> Path | NonFiniteLogits:
         path, first, n = request.path, len(request.path.prompt.ids), len(request.path)
-        exponents = request.exponents or (1.0,)
         before = path.view(self)
         done = 0 if before is None else before.evaluated(request.exponents)
+        # Normalisers known so far are carried on: asked for later, they would cost the head once more.
+        known = () if before is None or not done else (e for e, z in before.log_z.items() if len(z) >= done)
+        laws = tuple(dict.fromkeys((*request.exponents, *known)))
+        exponents = laws or (1.0,)
         parts: list[Rows] = []
         for begin in range(done, n, _HEAD_ROWS):
             end = min(begin + _HEAD_ROWS, n)
@@ -156,14 +159,24 @@ class DepthOracle(ABC):
             joined(None if old is None else old.margin, [p.margin for p in parts]),
             {
                 e: joined(None if old is None else old.log_z[e], [p.log_z[:, i] for p in parts])
-                for i, e in enumerate(request.exponents)
+                for i, e in enumerate(laws)
             },
             cache,
         )
+        for watcher in self.engine.watchers:  # a tail drafted at the exit has just been completed
+            exit = watcher.exit
+            if self is exit.model and 0 < done < n and path.view(exit) is not None:
+                watcher.completed(cache, first - 1 + done, first - 1 + n)
         # What the layers have run serves every oracle of the engine; the others' shallower copies can go.
-        mine = [getattr(o.by, "engine", None) is self.engine for o in scored.others]
-        others = (replace(o, cache=cache) if m else o for o, m in zip(scored.others, mine, strict=True))
+        others = (replace(o, cache=cache) if self._serves(cache, o) else o for o in scored.others)
         return replace(scored, others=tuple(others))
+
+    def _serves(self, cache: Prefix, view: Path) -> bool:
+        """Whether another oracle's view of the path finds in `cache` all that it has in its own."""
+        oracle = view.by
+        if getattr(oracle, "engine", None) is not self.engine:
+            return False
+        return view.cache is None or cache.reaches(oracle.depth) >= view.cache.reaches(oracle.depth)
 
 
 def _drawn(request: Extend[Any], logits: np.ndarray) -> int:

@@ -44,6 +44,12 @@ class Segment:
     def depth(self) -> int:
         return self.keys.shape[0]
 
+    def after(self, start: int) -> Segment:
+        """Its positions from `start` on; a view."""
+        n = start - self.start
+        hidden = {d: states[n:] for d, states in self.hidden.items()}
+        return Segment(start, self.keys[:, :, n:], self.values[:, :, n:], hidden)
+
     @property
     def kept(self) -> frozenset[int]:
         """The depths at which hidden states are there."""
@@ -79,6 +85,14 @@ class Prefix:
                 break
             reached = stop
         return reached
+
+    def continued_by(self, other: Prefix) -> Prefix:
+        """This prefix, and what `other`, one of the same tokens, holds of the positions beyond it."""
+        rest = []
+        for s, stop in other.parts():
+            if stop > self.length:
+                rest.append(s if s.start >= self.length else s.after(self.length))
+        return Prefix((*self.segments, *rest), other.length) if rest else self
 
     def followed_by(self, segment: Segment) -> Prefix:
         """This prefix and the segment that starts where it ends."""
@@ -159,6 +173,12 @@ class Rows:
         if depth not in self.depths:
             self.depths = tuple(sorted({*self.depths, depth}))
             self._allocate(self.capacity, self.length)
+
+    def drop(self, depth: int) -> None:
+        """No longer keep the hidden states at this depth. No row may be in use."""
+        assert not self.used, "depths are dropped between runs"
+        self.depths = tuple(d for d in self.depths if d != depth)
+        self._allocate(self.capacity, self.length)
 
     @property
     def dims(self) -> tuple[int, int]:

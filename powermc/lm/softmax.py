@@ -116,19 +116,13 @@ def _evaluate(
             masked = mask[i, e] >= 0
             weights = base if exponent == 1.0 and not masked else np.empty(vocab)
             mass = total
-            if masked:
-                mass = 0.0
-                left_out = masks[mask[i, e]]
-                for v in range(vocab):
-                    w = 0.0 if left_out[v] else np.exp(exponent * (np.float64(row[v]) - top))
-                    weights[v] = w
-                    mass += w
-                log_z[i, e] = np.log(mass) - exponent * log_total if mass > 0.0 else -np.inf
-            elif exponent != 1.0:
+            if exponent != 1.0 or masked:
                 mass = 0.0
                 squarings = 1 if exponent == 2.0 else 2 if exponent == 4.0 else 3 if exponent == 8.0 else 0
                 for v in range(vocab):
-                    if squarings:  # a power by squaring costs a tenth of another exp
+                    if masked and masks[mask[i, e], v]:
+                        w = 0.0
+                    elif squarings or exponent == 1.0:  # a power by squaring costs a tenth of another exp
                         w = base[v]
                         for _ in range(squarings):
                             w *= w
@@ -136,7 +130,7 @@ def _evaluate(
                         w = np.exp(exponent * (np.float64(row[v]) - top))
                     weights[v] = w
                     mass += w
-                log_z[i, e] = np.log(mass) - exponent * log_total
+                log_z[i, e] = np.log(mass) - exponent * log_total if mass > 0.0 else -np.inf
             if e == 0 and drawing and mass == 0.0:
                 token[i] = -1
             elif e == 0 and drawing:

@@ -6,12 +6,14 @@ from powermc.sequences.growth import SCOPES, BlockwisePower, Committed, Grown
 from powermc.sequences.model import Autoregressive, Exponent, SequenceProbability, Token, Without, scored
 from powermc.sequences.path import Cut, Path, Prompt, Space
 from powermc.sequences.routing import ByCut, Models
+from powermc.sequences.screening import PROPOSALS, Screening
 from powermc.sequences.substitution import Substitution
 from powermc.sequences.suffix import Suffix, default_temperature, draft
 
 __all__ = [
     "AGGREGATES",
     "CUT_LAWS",
+    "PROPOSALS",
     "SCOPES",
     "Autoregressive",
     "BlockwisePower",
@@ -27,6 +29,7 @@ __all__ = [
     "Models",
     "Path",
     "Prompt",
+    "Screening",
     "SequenceProbability",
     "Space",
     "Substitution",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -103,4 +104,5 @@ def log_q(path: Path, law: Exponent, start: int, stop: int) -> float:
     """
     assert path.log_p is not None
     exponent = law.exponent if isinstance(law, Without) else law
-    return exponent * float(path.log_p[start:stop].sum()) - float(path.log_z[law][start:stop].sum())
+    log_z = float(path.log_z[law][start:stop].sum())
+    return exponent * float(path.log_p[start:stop].sum()) - log_z if log_z > -math.inf else math.nan

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from powermc.errors import ArgumentError
 from powermc.kernels.metropolis import Metropolis
 from powermc.sequences.cuts import CUT_LAWS, cut_law
-from powermc.sequences.model import Autoregressive, SequenceProbability
+from powermc.sequences.model import Autoregressive, SequenceProbability, scored
 from powermc.sequences.path import Path, Prompt, Space
+from powermc.sequences.screening import Screening
 from powermc.sequences.suffix import Suffix, check_temperature, default_temperature, draft
 from powermc.targets import Power
 from powermc.types import Choices, Info, Kernel, State, Steps, Target
@@ -67,8 +68,11 @@ class BlockwisePower:
         "sequence" or "block" (see the module's docstring).
     cut
         "length", "horizon", "block" or "entropy". "block" freezes earlier blocks and so needs `scope="block"`.
-    target
-        Builds the target from p; None for `Power(p, alpha)`. Use it to tilt by a reward or to constrain.
+    tilt
+        What makes the target of `Power(p, alpha)`; None: nothing. Use it to add a reward or to constrain.
+    screening
+        How a surrogate takes part (early-exit power sampling); None: plain Metropolis-Hastings. Blocks are grown by
+        the model itself either way: a start, drawn once, is not the place to save.
 
     Raises `ArgumentError` for values out of range.
     """
@@ -81,7 +85,8 @@ class BlockwisePower:
     steps: int = 10
     scope: str = "sequence"
     cut: str = "length"
-    target: Callable[[SequenceProbability], Target[Path]] | None = None
+    tilt: Callable[[Target[Path]], Target[Path]] | None = None
+    screening: Screening | None = None
 
     def __post_init__(self) -> None:
         self.base_target()
@@ -107,8 +112,8 @@ class BlockwisePower:
 
     def base_target(self) -> Target[Path]:
         """The target over whole paths."""
-        p = SequenceProbability(self.model)
-        return Power(p, self.alpha) if self.target is None else self.target(p)
+        power = Power(SequenceProbability(self.model), self.alpha)
+        return power if self.tilt is None else self.tilt(power)
 
     @property
     def blocks(self) -> int:
@@ -122,7 +127,11 @@ class BlockwisePower:
         space = replace(self.space, horizon=horizon)
         first = start if self.scope == "block" else 0
         cuts = cut_law(self.cut, start=first, horizon=horizon, block_size=self.block_size)
-        return Stage(space, Metropolis(self.base_target(), Suffix(self.model, space, cuts, self.q_temperature)))
+        target, temperature = self.base_target(), self.q_temperature
+        if self.screening is None:
+            return Stage(space, Metropolis(target, Suffix(self.model, space, cuts, temperature)))
+        tilt = self.tilt or (lambda base: base)
+        return Stage(space, self.screening.kernel(self.model, space, cuts, temperature, target, tilt))
 
     def program(self, choices: Callable[[int], Choices], prompt: Prompt) -> Steps[State[Path]]:
         """One chain: yields requests, `Grown` and `Committed` events, and returns its last state.
@@ -136,6 +145,7 @@ class BlockwisePower:
             stage = self.stage(block)
             at = block * (self.steps + 1)
             if not path.finished:
+                path = yield from scored(self.model, path, (exponent,))  # steps may have scored it by other laws only
                 path, ran, ties = yield from draft(
                     self.model, stage.space, path, len(path), self.q_temperature, choices(at).at("grow")
                 )

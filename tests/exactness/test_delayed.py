@@ -23,6 +23,7 @@ from powermc.testing import strategies as toys
 from powermc.testing.pairs import power
 from powermc.testing.strategies import Toy
 from powermc.toy import TabularModel
+from tests.exactness.mutants_delayed import unsure
 
 PROPOSALS = (
     "suffix by the surrogate",
@@ -198,7 +199,7 @@ def test_entropy_cuts_with_two_generators(peaked, surrogate):
 
 @pytest.fixture(scope="module")
 def surrogate(peaked):
-    return Toy(TabularModel.random(3, vocab_size=3, order=2, concentration=0.6), peaked.space)
+    return unsure(peaked.space.horizon)
 
 
 @pytest.mark.parametrize("kind", PROPOSALS)
@@ -207,10 +208,10 @@ def test_on_three_positions_with_the_state_carried_over(kind, peaked, surrogate)
     target, model = power(peaked, 2.0), surrogate.model
     who = peaked.model if kind.endswith("target") else model
     q = Suffix(who, peaked.space, Length(), 0.5) if kind.startswith("suffix") else Substitution(who, peaked.space, 1)
-    kernel = DelayedAcceptance([power(surrogate, 2.0), target], q, UncertainTail(model, eta=0.6, delta=0.2))
+    kernel = DelayedAcceptance([power(surrogate, 2.0), target], q, UncertainTail(model, eta=1.05, delta=0.12))
     found = prove(kernel, peaked.paths, law=peaked.power(2.0), irreducible=kind == PROPOSALS[0])
-    assert mass(found, gated) > 0.1
-    assert mass(found, screened) > 0.1
+    assert mass(found, gated) > 0.01
+    assert mass(found, screened) > 0.01
 
 
 # What it costs
@@ -232,9 +233,10 @@ class Counted(TabularModel):
 
 @pytest.fixture
 def counted():
-    """Cheap, middling and expensive model of one space."""
-    tables = [TabularModel.random(i, vocab_size=3, order=2, concentration=0.7) for i in range(3)]
-    return [Counted(model.table, 2) for model in tables]
+    """Cheap, middling and expensive model of one space, not too far from each other, so that all stages matter."""
+    cheap = unsure(3).model.table
+    others = [TabularModel.random(i, vocab_size=3, order=2, concentration=0.7).table for i in range(2)]
+    return [Counted(table, 2) for table in (cheap, (cheap + others[0]) / 2, (cheap + others[1]) / 2)]
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -244,15 +246,15 @@ def test_a_stage_is_asked_only_about_what_passed_the_stage_before(tokens, gate, 
     surrogate is never scored by it, as the draft has done that."""
     cheap, middle, _ = counted
     space = Space(frozenset({2}), 3)
-    q = Substitution(cheap, space, tokens, 0.5) if tokens else Suffix(cheap, space, Length(), 0.5)
+    q = Substitution(cheap, space, tokens) if tokens else Suffix(cheap, space, Length())
     kernel = DelayedAcceptance(
-        [power(Toy(model, space), 2.0) for model in counted], q, UncertainTail(cheap, eta=0.8) if gate else None
+        [power(Toy(model, space), 2.0) for model in counted], q, UncertainTail(cheap, eta=1.05) if gate else None
     )
     state = run(kernel.init(space.path(paths_of(space, 3)[0].prompt, (0, 1, 0))))
     seen = set()
     for model in counted:
         model.take()
-    for i in range(300):
+    for i in range(800):
         before, known = state, state.value.scored(middle)
         state, info = run(kernel.step(Stream(0).step(i), state))
         (by_cheap, drawn), (by_middle, _), (by_target, _) = (model.take() for model in counted)
@@ -347,7 +349,7 @@ def test_any_space():
 
 @pytest.mark.slow
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=60)
 def test_many_more(data):
     """Everything at once, on larger spaces."""
     pair = data.draw(on.pairs(max_paths=31, zeros=True))

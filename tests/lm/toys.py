@@ -13,7 +13,13 @@ PROMPT = Prompt((0, 1, 0, 2), "toy", 7)
 
 
 def toy_lm(
-    vocab: int = 3, *, family: str = "llama", seed: int = 0, max_rows: int = 512, logit_scale: float = 2.5
+    vocab: int = 3,
+    *,
+    family: str = "llama",
+    seed: int = 0,
+    max_rows: int = 512,
+    logit_scale: float = 2.5,
+    layers: int = 2,
 ) -> CausalLM:
     """A float64 model whose rows hold both likely and unlikely tokens."""
     ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": vocab - 1, "pad_token_id": 0}
@@ -21,11 +27,11 @@ def toy_lm(
         "vocab_size": vocab,
         "hidden_size": 16,
         "intermediate_size": 24,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         **ids,
     }
     if family == "gpt2":
-        shape = {"vocab_size": vocab, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, **ids}
+        shape = {"vocab_size": vocab, "n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 64, **ids}
     model = tiny_model(family, seed=seed, logit_scale=logit_scale, **shape).double()
     return CausalLM(model, max_rows=max_rows)
 

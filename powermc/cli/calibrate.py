@@ -1,0 +1,213 @@
+"""`powermc calibrate`: fit exit heads to a model, say how good they are, write them to a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from powermc.cli.sample import check_writable, load
+from powermc.cli.show import console, say
+from powermc.errors import ArgumentError, ModelError
+
+if TYPE_CHECKING:
+    from powermc.lm.lens import Lens
+
+_INTERVAL = 10.0
+
+
+def run(
+    model_name: str,
+    options: dict[str, Any],
+    *,
+    data: Path | None,
+    held_out: Path | None,
+    layers: str | None,
+    head: str,
+    tokens: int | None,
+    alpha: float,
+    out: Path | None,
+    plot: Path | None,
+    quiet: bool,
+) -> int:
+    """Run the command; returns the exit code. Checks what can be checked before the model is loaded."""
+    wanted = layer_list(layers)
+    texts = None if data is None else read_texts(data)
+    others = None if held_out is None else read_texts(held_out)
+    for path in (out, plot):
+        if path is not None:
+            check_writable(path)
+    if plot is not None:
+        _matplotlib()
+    from powermc.lm.calibration import cache_path, calibrate, check_settings
+
+    check_settings(head, tokens, alpha)
+    notes = console(sys.stderr)
+    model: Any = load(model_name, options, notes, quiet)
+    with _Display(notes, quiet) as display:
+        lens = calibrate(
+            model,
+            texts,
+            layers=wanted,
+            head=head,
+            held_out=others,
+            tokens=tokens,
+            alpha=alpha,
+            progress=display.show,
+        )
+    if out is None:
+        out = cache_path(model, head)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(f"cannot write {out}: {error.strerror}; name another file with --out") from error
+    lens.save(out)
+    if plot is not None:
+        draw(lens, plot)
+    show(lens)
+    if not quiet:
+        say(notes, f"the lens is in {out}")
+    return 0
+
+
+def show(lens: Lens) -> None:
+    """Print the report and what it cost."""
+    screen, origin = console(), lens.origin
+    say(
+        screen,
+        f"exit heads of {origin.model}, {origin.depth} layers: fitted on {origin.fit_tokens:,} tokens, chosen on "
+        f"{origin.validation_tokens:,}, reported on {lens.report[0].tokens:,} others",
+    )
+    say(screen, "\n" + lens.table() + "\n")
+    say(
+        screen,
+        "How to read it: KL and entropies H are nats per token, p the full model and p~ the exit; KL is 0 and top-1 "
+        f"and 1-TV (the share of draws at temperature {1 / origin.alpha:g} that the two have in common) are 1 where "
+        "the exit says what the model says.",
+    )
+    memory = "" if origin.peak_bytes is None else f", peak memory {origin.peak_bytes / 1e9:.2f} GB"
+    if origin.grown_bytes is not None:
+        memory += f", which it raised by {origin.grown_bytes / 1e9:.2f} GB"
+    say(screen, f"calibration took {origin.seconds:.1f} s{memory}")
+
+
+def draw(lens: Lens, path: Path) -> None:
+    """Plot KL and 1 - TV by layer. Raises `ArgumentError` for a file that cannot be written."""
+    figure_of = _matplotlib()
+    layers = [row.layer for row in lens.report]
+    figure = figure_of(figsize=(7, 4), layout="constrained")
+    left = figure.add_subplot()
+    right = left.twinx()
+    (kl,) = left.plot(layers, [row.kl for row in lens.report], "o-", color="tab:blue", label="KL(p || p~)")
+    (overlap,) = right.plot(
+        layers,
+        [row.overlap for row in lens.report],
+        "s--",
+        color="tab:orange",
+        label=f"1 - TV at temperature {1 / lens.origin.alpha:g}",
+    )
+    left.set(xlabel="exit layer", ylabel="nats per token", ylim=(0, None), title=f"Exits of {lens.origin.model}")
+    right.set(ylabel="share of draws in common", ylim=(0, 1))
+    left.set_xticks(layers)
+    left.legend(handles=[kl, overlap], loc="best")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # a full disk; a suffix that names no format
+        raise ArgumentError(f"cannot write the plot {path}: {error}") from error
+
+
+def _matplotlib() -> Any:
+    """The class of figures; figures made without pyplot need no screen."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ModelError("--plot needs the package matplotlib: pip install 'powermc[plots]'") from error
+    return Figure
+
+
+def layer_list(text: str | None) -> list[int] | None:
+    """The layers of an option such as 12,16,20; None for none. Raises `ArgumentError` for anything else."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        wanted = "whole numbers with commas between, such as 12,16,20"
+        raise ArgumentError(f"--layers must be {wanted}; got {text!r}") from error
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a JSONL file. Raises `ArgumentError` that names the file and the line.
+
+    A line is a string, or an object with "text", or "question" and "answer" (joined by a newline; the answer may be
+    missing), or "prompt" and "completion" (joined as they are; the completion may be missing).
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ArgumentError(f"cannot read {path}: {error.strerror}") from error
+    lines = raw.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
+    if lines == [b""]:
+        raise ArgumentError(f"{path} is empty; it needs one JSON line per text")
+    return [_text(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+_FORMS = (("text", "", ""), ("question", "\n", "answer"), ("prompt", "", "completion"))
+
+
+def _text(line: bytes, where: str) -> str:
+    if not line.strip():
+        raise ArgumentError(f"{where}: the line is empty; remove it, or write a JSON string or object")
+    try:
+        value = json.loads(line)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8"
+        raise ArgumentError(f"{where}: not JSON: {reason}") from error
+    parts: Sequence[Any] = [value]
+    joint = ""
+    if isinstance(value, dict):
+        form = next((form for form in _FORMS if form[0] in value), None)
+        if form is None:
+            raise ArgumentError(f"{where}: the object has none of 'text', 'question' and 'prompt'")
+        first, joint, second = form
+        parts = [value[key] for key in (first, second) if key in value]
+    for part in parts:
+        if not isinstance(part, str):
+            raise ArgumentError(f"{where}: the text must be a string, got {type(part).__name__}")
+    text = joint.join(parts)
+    if not text.strip():
+        raise ArgumentError(f"{where}: the text is empty")
+    return text
+
+
+class _Display:
+    """What is being done, on standard error: a line that changes on a terminal, one now and then elsewhere."""
+
+    def __init__(self, notes: Any, quiet: bool) -> None:
+        self._notes, self._quiet = notes, quiet
+        self._status: Any = None
+        self._what, self._shown = "", 0.0
+
+    def __enter__(self) -> _Display:
+        if self._notes.is_terminal and not self._quiet:
+            self._status = self._notes.status("calibrating")
+            self._status.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._status is not None:
+            self._status.__exit__(None, None, None)
+
+    def show(self, what: str, share: float) -> None:
+        """Progress of a calibration; see `powermc.lm.corpus.Report`."""
+        now = time.monotonic()
+        if self._quiet:
+            return
+        if self._status is not None:
+            self._status.update(f"{what} {share:.0%}")
+        elif what != self._what or now - self._shown >= _INTERVAL:
+            self._what, self._shown = what, now
+            print(f"powermc: {what} {share:.0%}", file=sys.stderr, flush=True)
