@@ -21,10 +21,10 @@ from powermc.sequences.screening import Screening
 from powermc.sequences.suffix import default_temperature
 from powermc.settings import Settings
 from powermc.stages import Stages, count_stages
-from powermc.tuning import fit_exponent, grown, pairs, surrogate_name
+from powermc.tuning import fit_exponent, grown, pairs, surrogate_ledger, surrogate_name
 
 if TYPE_CHECKING:
-    from powermc.lm import EarlyExit, Ledger, Lens
+    from powermc.lm import Ledger, Lens
 
 DRIFTED = 2.0
 """A run warns when KL(p || p~) on completed tails is over this many times the lens's held-out figure."""
@@ -39,24 +39,20 @@ class Prepared:
     """A frozen kernel and what is known of it.
 
     screening: None for plain Metropolis-Hastings. facts: JSON-able, for the result. drift: the running KL, where the
-    surrogate is an exit of the model. reference: held-out KL(p || p~), nats; NaN if unknown.
+    surrogate is an exit of the model. reference: held-out KL(p || p~), nats; NaN if unknown. ledger: that of a
+    surrogate that is a model of its own; what an exit runs is counted by the model's.
     """
 
     screening: Screening | None
     facts: dict[str, Any] = field(default_factory=dict)
     drift: Any = None
     reference: float = math.nan
+    ledger: Ledger | None = None
     _warned: bool = False
     _before: Ledger | None = None
 
     def __post_init__(self) -> None:
-        ledger = self._own_ledger()
-        self._before = None if ledger is None else ledger.copy()
-
-    def _own_ledger(self) -> Ledger | None:
-        """That of a surrogate which is a model of its own; exits are counted by the full model's."""
-        surrogate: Any = None if self.screening is None else self.screening.surrogate
-        return None if hasattr(surrogate, "layer") else getattr(surrogate, "ledger", None)
+        self._before = None if self.ledger is None else self.ledger.copy()
 
     def check_drift(self) -> None:
         """Warn, once, if the surrogate has drifted from the model."""
@@ -70,7 +66,7 @@ class Prepared:
             "the lens was reported on: the chain is still exact but its screen is worse than calibrated; refit on text "
             f"like this: powermc calibrate --model {name} --data TEXTS --layers {layer} --out LENS",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=4,
         )
 
     def result(
@@ -81,12 +77,12 @@ class Prepared:
             return self.facts
         stages = count_stages(infos)
         facts = {**self.facts, "advice": stages.advice()}
-        ledger = self._own_ledger()
-        if ledger is not None and self._before is not None:
-            facts["surrogate_cost"] = ledger.since(self._before).as_dict()
+        if self.ledger is not None and self._before is not None:
+            facts["surrogate_cost"] = self.ledger.since(self._before).as_dict()
         if self.drift is not None:
             facts |= {"kl": self.drift.kl, "kl_positions": self.drift.seen, "kl_held_out": self.reference}
-            facts["cost"] = screened_cost(model, self.drift.exit, stages, infos, prompts, cost)
+            if self.screening.proposal != "full":  # which drafts nothing at the exit
+                facts["cost"] = screened_cost(model, self.screening, stages, infos, prompts, cost)
         return facts
 
 
@@ -102,6 +98,7 @@ def prepare(model: Any, settings: Settings, prompts: Sequence[Prompt], space: Sp
     if settings.kernel == "auto":
         return _chosen(model, settings, prompts, lens, surrogates)
     surrogate = surrogates[-1]
+    settings.screening(surrogate, 1.0)  # thresholds that cannot be used are refused before any work
     exponent, fitted = settings.alpha, False
     if settings.proposal != "exit" and settings.screen is None:
         exponent, fitted = _fitted(model, surrogate, settings, prompts, space), True
@@ -110,9 +107,10 @@ def prepare(model: Any, settings: Settings, prompts: Sequence[Prompt], space: Sp
             "proposal 'full' draws at full depth before it screens: log p is paid for already, so nothing is saved; "
             "it is there for comparison",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
-    return _prepared(settings.screening(surrogate, exponent), lens, {"kernel": "early-exit", "exponent_fitted": fitted})
+    facts = {"kernel": "early-exit", "exponent_fitted": fitted}
+    return _prepared(model, settings.screening(surrogate, exponent), lens, facts)
 
 
 def _surrogates(model: Any, settings: Settings) -> tuple[Lens | None, list[Any]]:
@@ -138,7 +136,9 @@ def _surrogates(model: Any, settings: Settings) -> tuple[Lens | None, list[Any]]
         given = Lens.load(given)
     elif not isinstance(given, Lens):
         raise ArgumentError(f"exit must be a lens, its file or a surrogate model, got {type(given).__name__}")
-    return given, [given.exit(model, layer) for layer in layers or given.layers]
+    if layers is None:
+        layers = given.layers if settings.kernel == "auto" else given.layers[-1:]
+    return given, [given.exit(model, layer) for layer in layers]
 
 
 def _chosen(model: Any, settings: Settings, prompts: Sequence[Prompt], lens: Any, surrogates: list[Any]) -> Prepared:
@@ -153,7 +153,7 @@ def _chosen(model: Any, settings: Settings, prompts: Sequence[Prompt], lens: Any
         max_new_tokens=settings.max_new_tokens,
         steps=_PILOT_STEPS,
         plain=settings.plain,
-        proposals=("exit", "substitution"),
+        proposals=("exit", "substitution") if settings.plain else ("exit",),
         kl=_held_out(lens),
         seed=settings.seed,
     )
@@ -163,14 +163,15 @@ def _chosen(model: Any, settings: Settings, prompts: Sequence[Prompt], lens: Any
         return Prepared(None, {"kernel": "metropolis", **facts})
     surrogate = next(s for s in surrogates if surrogate_name(s) == best.surrogate)
     screening = Screening(surrogate, best.exponent, proposal=best.proposal, plain=settings.plain)
-    return _prepared(screening, lens, {"kernel": "early-exit", "exponent_fitted": best.proposal != "exit", **facts})
+    facts = {"kernel": "early-exit", "exponent_fitted": best.proposal != "exit", **facts}
+    return _prepared(model, screening, lens, facts)
 
 
-def _prepared(screening: Screening, lens: Any, facts: dict[str, Any]) -> Prepared:
+def _prepared(model: Any, screening: Screening, lens: Any, facts: dict[str, Any]) -> Prepared:
     surrogate: Any = screening.surrogate
-    layer = getattr(surrogate, "layer", None)
+    layer, ledger = getattr(surrogate, "layer", None), surrogate_ledger(model, surrogate)
     drift, reference = None, math.nan
-    if layer is not None:
+    if layer is not None and ledger is None:
         from powermc.lm.drift import Drift
 
         drift, reference = Drift(surrogate), _held_out(lens)(layer)
@@ -178,9 +179,8 @@ def _prepared(screening: Screening, lens: Any, facts: dict[str, Any]) -> Prepare
         name: getattr(screening, name)
         for name in ("proposal", "exponent", "temperature", "plain", "eta", "delta", "aggregate", "tokens")
     }
-    return Prepared(
-        screening, {**facts, "surrogate": surrogate_name(surrogate), "layer": layer, **own}, drift, reference
-    )
+    facts = {**facts, "surrogate": surrogate_name(surrogate), "layer": layer, **own}
+    return Prepared(screening, facts, drift, reference, ledger)
 
 
 def _held_out(lens: Any) -> Any:
@@ -199,7 +199,7 @@ def _fitted(model: Any, surrogate: Any, settings: Settings, prompts: Sequence[Pr
 
 def screened_cost(
     model: Any,
-    exit: EarlyExit,
+    screening: Screening,
     stages: Stages,
     infos: Sequence[Mapping[str, np.ndarray]],
     prompts: Sequence[Prompt],
@@ -207,23 +207,33 @@ def screened_cost(
 ) -> dict[str, float]:
     """FLOPs per screened proposal: the cost model (1 - rho) C_mid + rho (C_mid + C_tail), and what was counted.
 
-    C_mid: drafting a tail of the mean length at the exit; C_tail: completing it; both at the mean context. Counted: all
-    that ran below the exit or from it on, the exit's heads, and the full head on completed tails. NaN where nothing
-    was screened.
+    C_mid: evaluating a tail of the mean length at the exit, drawn there but for what a substitution keeps; C_tail:
+    completing it; both at the mean context. Counted: all that ran below the exit or from it on, the exit's heads, and
+    the full head on completed tails. The two differ as the first token of a tail is read off a known state, as tails
+    that pass are of another mean length, as paths are scored by the exit before they are moved from, and by the heads
+    that watch the drift. Not for proposals drawn at full depth. NaN where nothing was screened.
     """
     proposals = stages.screened + stages.gated
     if not proposals:
         return dict.fromkeys(("rho", "c_mid", "c_tail", "model", "counted", "full_depth"), math.nan)
+    exit: Any = screening.surrogate
     cost, depth, layers = model.engine.cost, exit.depth, model.depth
-    n = stages.proposed_tokens / proposals
-    cuts = np.concatenate([info["cut"][(info["component"] == 0) & ~info["null"]].ravel() for info in infos])
-    context = float(np.mean([len(p.ids) for p in prompts])) + float(cuts.mean()) + n / 2
+    moves = [(info["component"] == 0) & ~info["null"] for info in infos]
+    column = {
+        name: np.concatenate([info[name][at] for info, at in zip(infos, moves, strict=True)])
+        for name in ("cut", "length", "proposal_length", "stage1_accepted", "gated")
+    }
+    tails = column["proposal_length"]
+    if screening.proposal == "substitution":  # keeps the length, and what it keeps is evaluated anew
+        tails = column["length"] - column["cut"]
+    n = float(tails.mean())
+    context = float(np.mean([len(p.ids) for p in prompts])) + float(column["cut"].mean()) + n / 2
     head = exit.head.flops(cost)
     c_mid = n * (cost.span(0, depth, context) + head)
     c_tail = n * (cost.span(depth, layers, context) + cost.head)
     rho = (stages.passed + stages.gated) / proposals
-    counted = spent.span_flops[0, depth] + spent.span_flops[depth, layers] + spent.head_flops[depth]
-    counted += stages.completed_tokens * cost.head
+    counted = sum(f for (first, last), f in spent.span_flops.items() if last <= depth or first >= depth)
+    counted += spent.head_flops[depth] + float(tails[column["stage1_accepted"] | column["gated"]].sum()) * cost.head
     return {
         "rho": rho,
         "c_mid": c_mid,

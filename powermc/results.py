@@ -154,8 +154,8 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens evaluated by the model, decoded and prefilled."""
-        return self.cost.decoded + self.cost.prefilled
+        """Tokens evaluated by the model, decoded and prefilled, each counted once however many spans it passed."""
+        return sum(n for (first, _), n in self.cost.spans.items() if first == 0)
 
     @property
     def stages(self) -> Stages | None:
@@ -265,15 +265,15 @@ class Run:
             f"early exit: {facts['surrogate']};",
             f"      proposal {facts['proposal']}, screening exponent {facts['exponent']:.3g}{fitted}, "
             f"plain steps {facts['plain']:.0%}",
-            f"stage 1: {_share(stages.passed, stages.screened)} passed, {_count(stages.saved, 'completion')} saved; "
-            f"stage 2: {_share(stages.accepted, stages.passed)} accepted",
-            f"      gated {_share(stages.gated, stages.screened + stages.gated)}, plain {stages.plain}",
+            f"stage 1: {_share(stages.passed, stages.screened)} passed, {_count(stages.saved, 'completion')} saved;",
+            f"      stage 2: {_share(stages.accepted, stages.passed)} accepted; "
+            f"gated {_share(stages.gated, stages.screened + stages.gated)}, plain {stages.plain:,}",
         ]
         if facts["advice"]:
             lines += textwrap.wrap(f"note: {facts['advice']}", 80)
         if stages.screened and (cost := facts.get("cost")):
             mid, tail, model, counted, full = (
-                f"{cost[name] / 1e9:.2f}" for name in ("c_mid", "c_tail", "model", "counted", "full_depth")
+                f"{cost[name] / 1e9:.3g}" for name in ("c_mid", "c_tail", "model", "counted", "full_depth")
             )
             lines += [
                 f"GFLOP per screened proposal: {counted} counted; {full} at full depth;",
@@ -282,9 +282,9 @@ class Run:
             ]
         if facts.get("kl_positions"):
             lines += [
-                f"KL(p||p~) on completed tails: {facts['kl']:.2f} nats ({facts['kl_positions']} positions, "
-                "survivors only);",
-                f"      held out {facts['kl_held_out']:.2f}",
+                f"KL(p||p~) on completed tails: {facts['kl']:.2f} nats "
+                f"({_count(facts['kl_positions'], 'position')}, survivors only);",
+                "      held out " + ("unknown" if math.isnan(facts["kl_held_out"]) else f"{facts['kl_held_out']:.2f}"),
             ]
         return lines
 
@@ -292,13 +292,16 @@ class Run:
         cost, ties = self.cost.as_dict(), self.near_ties
         depths = ", ".join(f"{n:,} at layers {depth}" for depth, n in cost["tokens_by_depth"].items())
         rate = self.tokens / self.seconds if self.seconds > 0 else 0.0
+        spent = f"cost: {_count(self.tokens, 'token')} evaluated in {self.seconds:.1f} s ({rate:,.0f} tokens/s):"
+        one = f"{spent} {depths};"
         lines = [
-            f"cost: {_count(self.tokens, 'token')} evaluated in {self.seconds:.1f} s ({rate:,.0f} tokens/s): {depths};",
+            *([one] if len(one) <= 80 else [spent, *_wrap(f"{depths};")]),
             f"      {_count(self.cost.ticks, 'sequential step')}, {_count(self.cost.prefills, 'prefill')}",
         ]
         if self.resolution > 0:
             drawn, decided = _count(ties["tokens"], "token"), _count(ties["accepts"], "accept decision")
-            lines.append(f"near-ties (another batch shape could turn them): {drawn}, {decided}")
+            line = f"near-ties (another batch shape could turn them): {drawn}, {decided}"
+            lines += [line] if len(line) <= 80 else [line[: -len(decided) - 1], f"      {decided}"]
         return lines
 
     def ending(self, prompt: int, chain: int) -> str:
@@ -319,7 +322,7 @@ class Run:
             "seconds": self.seconds,
             "cost": self.cost.as_dict(),
             "near_ties": self.near_ties,
-            "early_exit": _jsonable(self.early_exit),
+            "early_exit": jsonable(self.early_exit),
             "prompts": [
                 {
                     "text": prompt.text,
@@ -366,12 +369,12 @@ def _path_dict(path: Path | None) -> dict[str, Any]:
     return {"tokens": list(path.tokens), "length": len(path), "log_p": path.log_prob, "finished": path.finished}
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """The same with NaN and infinities as None."""
     if isinstance(value, Mapping):
-        return {key: _jsonable(entry) for key, entry in value.items()}
+        return {key: jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(entry) for entry in value]
+        return [jsonable(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -385,6 +388,10 @@ def _share(part: int, whole: int) -> str:
 
 def _percent(part: int, whole: int) -> str:
     return f"{part / whole:.0%}" if whole else "-"
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _count(n: int, noun: str) -> str:

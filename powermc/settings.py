@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -16,6 +18,7 @@ from powermc.sequences.model import Autoregressive
 from powermc.sequences.path import Path, Prompt, Space, Tokens
 from powermc.sequences.screening import Screening
 from powermc.targets import Tilted
+from powermc.tuning import surrogate_name
 from powermc.types import Target
 
 KERNELS = ("metropolis", "early-exit", "auto")
@@ -93,6 +96,8 @@ class Settings:
         if self.kernel == "auto" and chosen:
             raise ArgumentError(f"kernel 'auto' chooses {chosen[0]} itself; use kernel='early-exit' to set it")
         self.screening(cast(Autoregressive, _AnyVocabulary()), 1.0)
+        if isinstance(self.exit, str | os.PathLike) and not os.path.isfile(self.exit):
+            raise ArgumentError(f"there is no file {self.exit}; make a lens with: powermc calibrate --out {self.exit}")
 
     def screening(self, surrogate: Autoregressive, exponent: float) -> Screening:
         """The surrogate's part; `exponent` is that of `screen`, its default filled in."""
@@ -148,7 +153,10 @@ class Settings:
         name = None if reward is None else getattr(reward, "__name__", type(reward).__name__)
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
-        return {**plain, "stop": list(self.stop), "reward": name, "exit": None if self.exit is None else str(self.exit)}
+        surrogate = None if self.exit is None else str(self.exit)
+        if hasattr(self.exit, "branch"):
+            surrogate = surrogate_name(self.exit)
+        return {**plain, "stop": list(self.stop), "reward": name, "exit": surrogate}
 
 
 def _default(name: str) -> Any:
@@ -158,7 +166,7 @@ def _default(name: str) -> Any:
 class _AnyVocabulary:
     """Stands for a surrogate not known yet, where settings are checked before anything is loaded."""
 
-    vocab_size = 1 << 62
+    vocab_size = math.inf
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from powermc.sequences.model import Autoregressive, SequenceProbability
 from powermc.sequences.path import Path, Prompt, Space
 from powermc.sequences.suffix import draft
 from powermc.types import Choices, Proposal, Steps, evaluate
+
+if TYPE_CHECKING:
+    from powermc.lm.ledger import Ledger
 
 _FLOOR = 0.01
 
@@ -34,6 +37,14 @@ class Pair(NamedTuple):
 def surrogate_name(surrogate: Any) -> str:
     """What to call it in a table: its name, or what kind of thing it is."""
     return str(getattr(surrogate, "name", None) or type(surrogate).__name__)
+
+
+def surrogate_ledger(model: Any, surrogate: Any) -> Ledger | None:
+    """The ledger that counts what the surrogate runs, if that is not the model's own (as it is for exits of it)."""
+    engine = getattr(surrogate, "engine", None)
+    if surrogate is model or (engine is not None and engine is getattr(model, "engine", None)):
+        return None
+    return getattr(surrogate, "ledger", getattr(engine, "ledger", None))
 
 
 def grown(

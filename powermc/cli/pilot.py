@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def run(
     from powermc.evaluation.pilot import check, pilot
     from powermc.lm import Lens, cached_lens
 
-    check(**{name: settings[name] for name in ("alpha", "steps", "chains", "plain", "proposals", "max_new_tokens")})
+    check(**settings)
     lens = None if exit is None else Lens.load(exit)
     notes = console(sys.stderr)
     model: Any = load(model_name, options, notes, quiet)
@@ -53,8 +54,8 @@ def run(
     for prompt in ready:
         model.check_fits(prompt, settings["max_new_tokens"])
     exits = [lens.exit(model, layer) for layer in wanted or lens.layers]
-    found = pilot(model, exits, ready, **settings, kl=reported.__getitem__, notify=notify)
-    text = json.dumps(found.to_dict(), default=str) + "\n"
+    found = pilot(model, exits, ready, **settings, kl=lambda layer: reported.get(layer, math.nan), notify=notify)
+    text = json.dumps(found.to_dict(), allow_nan=False, default=str) + "\n"
     if out is not None:
         try:
             write_whole(out, text)

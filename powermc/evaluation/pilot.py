@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from powermc.choices import Stream
 from powermc.errors import ArgumentError
 from powermc.kernels import Metropolis
+from powermc.results import jsonable
 from powermc.sampling import Records, check_count
 from powermc.scheduling import Event, Failed, drive
 from powermc.sequences import (
@@ -32,9 +33,10 @@ from powermc.sequences import (
     default_temperature,
 )
 from powermc.sequences.screening import PROPOSALS
+from powermc.settings import Settings
 from powermc.stages import Stages, count_stages
 from powermc.targets import Power
-from powermc.tuning import correlation, fit_exponent, grown, pairs, surrogate_name
+from powermc.tuning import correlation, fit_exponent, grown, pairs, surrogate_ledger, surrogate_name
 from powermc.types import Kernel, State, Steps
 
 if TYPE_CHECKING:
@@ -51,8 +53,8 @@ class Choice:
     surrogate, layer and proposal are None for plain Metropolis-Hastings, layer also for a model of its own. exponent:
     of p~ in stage 1. correlation: of the log-ratios of both models over proposals. kl: KL(p || p~) per token (nats)
     held out, from the lens. stages: None for plain. changed: accepted moves that changed the path. ess: effective
-    samples of log p, summed over prompts. flops, seconds: of all steps together. tokens: by span of layers; heads by
-    depth.
+    samples of log p, summed over prompts. flops, seconds: of all steps together, those of a surrogate that is a model
+    of its own included. tokens: of the full model by span of layers; heads: by depth.
     """
 
     surrogate: str | None
@@ -109,8 +111,9 @@ class Pilot:
         top, plain = self.top, self.plain
         if top is None or not top.changed:
             return plain
-        error = math.sqrt(1 / top.changed + 1 / max(plain.changed, 1))
-        gain = top.merit / plain.merit if plain.changed else math.inf
+        moves = max(plain.changed, 1)  # of none seen, that there is none does not follow
+        error = math.sqrt(1 / top.changed + 1 / moves)
+        gain = top.merit / (moves / plain.flops * 1e12)
         return top if gain > max(CLEAR, math.exp(2 * error)) else plain
 
     def verdict(self) -> str:
@@ -138,9 +141,9 @@ class Pilot:
         return "\n".join([head, "| --- " + "| ---: " * 15 + "|", *map(_line, self.choices)])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """JSON-able. NaN and infinities become None."""
         rows = [{**asdict(c), "name": c.name, "merit": c.merit} for c in self.choices]
-        return {"settings": self.settings, "choices": rows, "recommended": self.best.name}
+        return jsonable({"settings": self.settings, "choices": rows, "recommended": self.best.name})
 
 
 def pilot(
@@ -179,23 +182,38 @@ def pilot(
     notify
         Called with the name of each choice before it runs.
 
-    Raises `ArgumentError` for values out of range, and the first `ChainError` of any chain.
+    Raises `ArgumentError` for values out of range and for a model whose ledger counts no FLOPs, and the first
+    `ChainError` of any chain.
     """
     if not prompts:
         raise ArgumentError("a pilot needs at least one prompt")
-    check(alpha=alpha, steps=steps, chains=chains, plain=plain, proposals=proposals, max_new_tokens=max_new_tokens)
+    gate: Any = {"eta": eta, "delta": delta}
+    check(
+        alpha=alpha,
+        temperature=temperature,
+        steps=steps,
+        chains=chains,
+        plain=plain,
+        proposals=proposals,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        **gate,
+    )
+    for exit in exits:
+        Screening(exit, alpha, **gate)
     heat = default_temperature(alpha) if temperature is None else temperature
     space = model.space(max_new_tokens)
     starts = grown(model, space, prompts, temperature=heat, chains=chains, seed=seed)
     target = Power(SequenceProbability(model), alpha)
 
-    def measured(kernel: Kernel[Path], **facts: Any) -> Choice:
-        return _measure(model, kernel, starts, chains, steps, seed, facts)
+    def measured(kernel: Kernel[Path], exit: Autoregressive | None, **facts: Any) -> Choice:
+        ledger = None if exit is None else surrogate_ledger(model, exit)
+        return _measure(model, ledger, kernel, starts, chains, steps, seed, facts)
 
     notify("plain MH")
     facts: dict[str, Any] = dict.fromkeys(("surrogate", "layer", "proposal"))
     facts |= dict.fromkeys(("exponent", "correlation", "kl"), math.nan)
-    choices = [measured(Metropolis(target, Suffix(model, space, Length(), heat)), **facts)]
+    choices = [measured(Metropolis(target, Suffix(model, space, Length(), heat)), None, **facts)]
     for exit in exits:
         layer = getattr(exit, "layer", None)
         for proposal in proposals:
@@ -208,7 +226,7 @@ def pilot(
             facts = {"surrogate": surrogate_name(exit), "layer": layer, "proposal": proposal, "exponent": exponent}
             facts["kl"] = math.nan if layer is None else kl(layer)
             kernel = screening.kernel(model, space, Length(), heat, target)
-            choices.append(measured(kernel, **facts, correlation=correlation(found)))
+            choices.append(measured(kernel, exit, **facts, correlation=correlation(found)))
     settings = {
         "model": model.name,
         "prompts": len(prompts),
@@ -226,18 +244,28 @@ def pilot(
 
 
 def check(
-    *, alpha: float, steps: int, chains: int, plain: float, proposals: Sequence[str], max_new_tokens: int
+    *,
+    alpha: float,
+    temperature: float | None,
+    steps: int,
+    chains: int,
+    plain: float,
+    proposals: Sequence[str],
+    max_new_tokens: int,
+    eta: float | None,
+    delta: float | None,
+    seed: int,
 ) -> None:
-    """Raise `ArgumentError` for settings that no pilot can run under."""
+    """Raise `ArgumentError` for settings that no pilot can run under, whatever the model."""
+    Settings(alpha=alpha, temperature=temperature, max_new_tokens=max_new_tokens, chains=chains, seed=seed)
     check_count("steps", steps, least=4)  # fewer draws have no effective sample size
-    check_count("chains", chains, least=1)
-    check_count("max_new_tokens", max_new_tokens, least=1)
     for proposal in proposals:
-        Screening(cast(Any, None), alpha, proposal=proposal, plain=plain)
+        Settings(kernel="early-exit", proposal=proposal, plain=plain, eta=eta, delta=delta)
 
 
 def _measure(
     model: CausalLM,
+    other: Ledger | None,
     kernel: Kernel[Path],
     starts: Sequence[Path],
     chains: int,
@@ -252,21 +280,27 @@ def _measure(
         state: State[Path] = yield from kernel.init(start)
         for i in range(steps):
             state, info = yield from kernel.step(stream.step(i).at("pilot"), state)
-            yield (n, i), info, state.log_density
+            path = state.value.view(model)
+            assert path is not None
+            yield (n, i), info, path.log_prob
 
     programs = (
         (n, program(n, start, Stream(seed, prompt=start.prompt.key, chain=n % chains)))
         for n, start in enumerate(starts)
     )
-    before, begun = model.ledger.copy(), time.perf_counter()
-    for outcome in drive(programs, active=model.max_rows):
+    ledgers = [model.ledger] if other is None else [model.ledger, other]
+    before, begun = [ledger.copy() for ledger in ledgers], time.perf_counter()
+    for outcome in drive(programs, active=getattr(model, "max_rows", None)):
         if isinstance(outcome, Failed):
             raise outcome.error
         if isinstance(outcome, Event):
-            at, info, log_density = outcome.value
+            at, info, log_prob = outcome.value
             records.write(at, info)
-            log_p[at] = log_density
-    seconds, spent = time.perf_counter() - begun, model.ledger.since(before)
+            log_p[at] = log_prob
+    seconds = time.perf_counter() - begun
+    spent = [ledger.since(earlier) for ledger, earlier in zip(ledgers, before, strict=True)]
+    if any(cost.spans and not cost.flops for cost in spent):
+        raise ArgumentError(f"the ledger of {model.name} or its surrogate counts no FLOPs, by which a pilot compares")
     info = records.arrays
     return Choice(
         **facts,
@@ -275,9 +309,9 @@ def _measure(
         accepted=int(info["accepted"].sum()),
         changed=int(info["changed"].sum()),
         ess=sum(effective_samples(group) for group in log_p.reshape(-1, chains, steps)),
-        flops=spent.flops,
+        flops=sum(cost.flops for cost in spent),
         seconds=seconds,
-        **_by_depth(spent),
+        **_by_depth(spent[0]),
     )
 
 

@@ -276,30 +276,36 @@ def evaluate(
         for begin in range(0, len(states.normed), fitting.HEAD_ROWS):
             few = slice(begin, begin + fitting.HEAD_ROWS)
             with torch.no_grad():
-                log_p = log_probabilities(model.decoder.head(states.normed[few]))
+                compared = Comparison(log_probabilities(model.decoder.head(states.normed[few])), alpha)
                 for i, head in enumerate(heads):
                     h = states.at[head.layer][few]
-                    log_q = log_probabilities(head.logits(model.decoder, h, np.full(len(h), -1)))
-                    totals[i] += compare(log_p, log_q, alpha)
+                    totals[i] += compared.to(log_probabilities(head.logits(model.decoder, h, np.full(len(h), -1))))
         done += len(states.normed)
         report("reporting", done / total)
     return [{**dict(zip(_COLUMNS, (row / total).tolist(), strict=True)), "tokens": total} for row in totals]
 
 
-def compare(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> np.ndarray:
-    """Sums over positions of KL(p||q), KL(q||p), top-1 agreement, 1 - TV at temperature 1/alpha, H(p), H(q)."""
-    p, q = log_p.exp(), log_q.exp()
-    own, other = expected(p, log_p), expected(q, log_q)
-    overlap = torch.minimum(torch.softmax(alpha * log_p, -1), torch.softmax(alpha * log_q, -1)).sum(-1)
-    columns = (
-        own - expected(p, log_q),
-        other - expected(q, log_p),
-        log_p.argmax(-1) == log_q.argmax(-1),
-        overlap,
-        -own,
-        -other,
-    )
-    return np.array([float(column.double().sum()) for column in columns])
+class Comparison:
+    """Next-token distributions p, log p of shape (n, V), that others are compared to at exponents 1 and alpha."""
+
+    def __init__(self, log_p: torch.Tensor, alpha: float) -> None:
+        self.alpha, self.log_p, self.p = alpha, log_p, log_p.exp()
+        self._own, self._top = expected(self.p, log_p), log_p.argmax(-1)
+        self._sharp = torch.softmax(alpha * log_p, -1)
+
+    def to(self, log_q: torch.Tensor) -> np.ndarray:
+        """Sums over the n positions: KL(p||q), KL(q||p), top-1 agreement, 1 - TV at alpha, H(p), H(q)."""
+        q = log_q.exp()
+        other = expected(q, log_q)
+        columns = (
+            self._own - expected(self.p, log_q),
+            other - expected(q, self.log_p),
+            log_q.argmax(-1) == self._top,
+            torch.minimum(self._sharp, torch.softmax(self.alpha * log_q, -1)).sum(-1),
+            -self._own,
+            -other,
+        )
+        return np.array([float(column.double().sum()) for column in columns])
 
 
 def _row(means: dict[str, float], head: ExitHead, strength: float | None) -> ExitReport:

@@ -78,8 +78,9 @@ class Engine:
         return deepest.upto(deepest.reaches(depth)).continued_by(max(caches, key=lambda c: c.length))
 
     def _weights(self) -> int:
-        """A number that changes when the owner of a live model trains it: cached prompts are then out of date."""
-        return sum(p._version for p in self._parameters)
+        """A number that changes when the owner of a live model trains it or replaces a block: cached prompts are then
+        out of date."""
+        return hash((*map(id, self.decoder.blocks), sum(p._version for p in self._parameters)))
 
     def run_prompts(self, paths: Sequence[Path], depth: int) -> None:
         """Run each prompt that no path has brought to `depth` yet, once however many paths share it."""

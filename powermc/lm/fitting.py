@@ -26,7 +26,7 @@ from powermc.errors import ArgumentError
 from powermc.lm.decoder import Decoder
 from powermc.lm.heads import ExitHead
 
-STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths that validation chooses from."""
 
 HEAD_ROWS = 64

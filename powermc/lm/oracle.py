@@ -163,10 +163,11 @@ class DepthOracle(ABC):
             },
             cache,
         )
+        begun = 0 if before is None else before.evaluated()
         for watcher in self.engine.watchers:  # a tail drafted at the exit has just been completed
             exit = watcher.exit
-            if self is exit.model and 0 < done < n and path.view(exit) is not None:
-                watcher.completed(cache, first - 1 + done, first - 1 + n)
+            if self is exit.model and begun < n and path.view(exit) is not None:
+                watcher.completed(cache, first - 1 + begun, first - 1 + n)
         # What the layers have run serves every oracle of the engine; the others' shallower copies can go.
         others = (replace(o, cache=cache) if self._serves(cache, o) else o for o in scored.others)
         return replace(scored, others=tuple(others))

@@ -133,6 +133,10 @@ class BlockwisePower:
         tilt = self.tilt or (lambda base: base)
         return Stage(space, self.screening.kernel(self.model, space, cuts, temperature, target, tilt))
 
+    def _own(self, path: Path) -> Path:
+        """The path with the model's scores in front: a screened step may leave the surrogate's there."""
+        return path.view(self.model) or path
+
     def program(self, choices: Callable[[int], Choices], prompt: Prompt) -> Steps[State[Path]]:
         """One chain: yields requests, `Grown` and `Committed` events, and returns its last state.
 
@@ -153,6 +157,7 @@ class BlockwisePower:
             state = yield from stage.kernel.init(path)
             for i in range(self.steps):
                 state, info = yield from stage.kernel.step(choices(at + 1 + i), state)
+                state = State(self._own(state.value), state.log_density)
                 yield Committed(block * self.steps + i, block, state, info)
             path = state.value
         return state

@@ -180,7 +180,8 @@ def _scale(model: PreTrainedModel, factor: float) -> None:
     """Multiply the logits: by the final norm, as a tied head would change the input too; or else by the head."""
     norms = [(name.count("."), m) for name, m in model.named_modules() if name.split(".")[-1] in _FINAL_NORMS]
     norm = [m for depth, m in norms if depth == min(d for d, _ in norms)][-1]
-    parameters = list(norm.named_parameters()) or [("head", model.get_output_embeddings().weight)]  # OLMo's has none
+    head: Any = model.get_output_embeddings()
+    parameters = list(norm.named_parameters()) or [("head", head.weight)]  # OLMo's norm has none
     for name, parameter in parameters:
         if name == "weight" and float(parameter.abs().max()) == 0:  # Gemma's norms and Nemotron's multiply by 1 + it
             parameter.add_(1).mul_(factor).sub_(1)

@@ -13,7 +13,7 @@ import torch
 
 from powermc.errors import ArgumentError, ModelError
 from powermc.lm import CausalLM, Lens, cached_lens, calibrate, calibration, corpus, fitting
-from powermc.lm.calibration import cache_path, compare
+from powermc.lm.calibration import Comparison, cache_path
 from powermc.lm.fitting import Chunk, NormalEquations, Refinement, log_probabilities, search_temperature
 from powermc.lm.heads import ExitHead
 from powermc.sequences import Prompt
@@ -293,11 +293,11 @@ def test_the_report_is_what_torch_computes_directly() -> None:
 def test_tokens_that_cannot_occur_count_nothing() -> None:
     log_p = torch.tensor([[0.5, 0.5, 0.0]]).log()
     log_q = torch.tensor([[0.25, 0.75, 0.0]]).log()
-    found = compare(log_p, log_q, 1.0)
+    found = Comparison(log_p, 1.0).to(log_q)
     assert np.isfinite(found).all()
     assert found[0] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3))
     assert found[3] == pytest.approx(0.75)
-    assert compare(log_p, torch.tensor([[1.0, 0.0, 0.0]]).log(), 1.0)[0] == np.inf
+    assert Comparison(log_p, 1.0).to(torch.tensor([[1.0, 0.0, 0.0]]).log())[0] == np.inf
 
 
 def test_every_kind_of_head() -> None:

@@ -17,7 +17,7 @@ from powermc.lm.depth import Gated, Span
 from powermc.lm.exits import EarlyExit
 from powermc.lm.heads import ExitHead
 from powermc.scheduling import run
-from powermc.sequences import Path, Prompt, Space, scored
+from powermc.sequences import Prompt, Space, scored
 from tests.lm.families import ALL, VOCAB, tiny_model
 
 IDS = torch.tensor([[1, 2, 4, 7, 9, 11, 20], [6, 6, 30, 2, 0, 13, 14]])
@@ -29,7 +29,7 @@ def with_exit(family: str = "llama", **changes: Any) -> tuple[Any, CausalLM, Ear
     return model, lm, EarlyExit(lm, ExitHead(2))
 
 
-def path_of(n: int = 9) -> Path:
+def path_of(n: int = 9) -> Any:
     return Space(frozenset(), n).path(Prompt((1, 2, 3)), [(5 * t + 2) % VOCAB for t in range(n)])
 
 
@@ -135,9 +135,11 @@ def test_a_model_that_cannot_be_split_is_refused() -> None:
     lm = CausalLM(model)
     path = run(scored(lm, path_of()))
     assert path.log_p is not None, "at full depth it is sampled"
-    with pytest.raises(ModelError, match=r"cannot be driven in two parts at layer 2: .*sampled at full depth only"):
-        EarlyExit(lm, ExitHead(2))
+    for _ in range(2):  # a second attempt is refused too
+        with pytest.raises(ModelError, match=r"cannot be driven in two parts at layer 2: .*sampled at full depth only"):
+            EarlyExit(lm, ExitHead(2))
     assert not lm.decoder.rows.used
+    assert lm.decoder.rows.depths == (lm.depth,)
 
 
 # The owner's model
@@ -145,7 +147,7 @@ def test_a_model_that_cannot_be_split_is_refused() -> None:
 
 def test_the_owners_model_is_untouched(tmp_path: File) -> None:
     """Same modules, keys, outputs and files as before, with exits attached and in use."""
-    reference = tiny_model("llama")
+    reference: Any = tiny_model("llama")
     model, lm, exit_ = with_exit()
     run(scored(lm, run(scored(exit_, path_of()))))
     assert [name for name, _ in model.named_modules()] == [name for name, _ in reference.named_modules()]
@@ -164,7 +166,7 @@ def test_the_owners_model_is_untouched(tmp_path: File) -> None:
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
     assert torch.equal(model.generate(IDS, **options), reference.generate(IDS, **options))
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path).eval()
+    loaded: Any = type(model).from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=IDS).logits, theirs.logits)
 
@@ -218,7 +220,7 @@ def test_the_owner_in_another_thread() -> None:
 def test_training_in_place_is_seen() -> None:
     """The gates hold the owner's blocks: new weights are used at once, and old activations are not."""
     model, lm, exit_ = with_exit()
-    before = run(scored(exit_, path_of()))
+    before: Any = run(scored(exit_, path_of()))
     run(scored(lm, before))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -227,13 +229,15 @@ def test_training_in_place_is_seen() -> None:
     expected = run(scored(fresh, path_of()))
     low = run(scored(EarlyExit(fresh, ExitHead(2)), path_of()))
     assert run(scored(lm, path_of())).log_p == pytest.approx(expected.log_p, abs=1e-5)
-    found = run(scored(exit_, path_of()))
+    found: Any = run(scored(exit_, path_of()))
     assert found.log_p == pytest.approx(low.log_p, abs=1e-5)
     assert abs(found.log_p - before.log_p).max() > 1e-2
 
 
 def test_a_replaced_block_is_seen() -> None:
+    """Also by prompts that were run before."""
     model, lm, exit_ = with_exit()
+    run(scored(lm, run(scored(exit_, path_of()))))
     other: Any = tiny_model("llama", seed=3)
     model.model.layers[0] = other.model.layers[0]
     fresh = CausalLM(model)

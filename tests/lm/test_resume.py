@@ -27,7 +27,7 @@ from powermc.scheduling import Event, Failed, drive, run
 from powermc.sequences import Length, Path, SequenceProbability, Space, Suffix, draft, scored
 from powermc.targets import Power
 from powermc.types import Kernel, State, Steps
-from tests.lm.families import ALL, tiny_model
+from tests.lm.families import ALL, FAMILIES, tiny_model
 from tests.lm.test_oracle_laws import PROMPTS, TOLERANCE, end_token, plain
 
 HORIZON = 8
@@ -128,7 +128,10 @@ def resumed(family: str) -> tuple[dict[int, float], set[Any]]:
     return deviations(lm, [exit_], [path for path, _ in visited]), outcomes(visited)
 
 
-@pytest.mark.parametrize("family", ALL)
+QUICK = (*FAMILIES, "deepseek-v3", "falcon", "glm4", "gpt-oss", "opt", "phi", "qwen3-moe", "stablelm")
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f in QUICK else pytest.mark.slow) for f in ALL])
 def test_resumed_equals_the_full_forward(family: str) -> None:
     """States reached by drafts at the exit, some rejected there, some at full depth, some accepted."""
     found, became = resumed(family)
@@ -197,8 +200,8 @@ def test_an_exit_attached_later(family: str) -> None:
     """Paths evaluated at full depth before there was an exit are scored by it, drafted from and completed again."""
     lm = CausalLM(tiny_model(family), max_rows=3)
     space = space_of(lm)
-    old = Metropolis(Power(SequenceProbability(lm), 0.5), Suffix(lm, space, Length(), TEMPERATURE))
-    paths = [path for path, _ in chains(old, space, old.proposal)]
+    drafts = Suffix(lm, space, Length(), TEMPERATURE)
+    paths = [path for path, _ in chains(Metropolis(Power(SequenceProbability(lm), 0.5), drafts), space, drafts)]
     exit_ = EarlyExit(lm, ExitHead(lm.depth - 2))
     kernel = delayed(space, [(exit_, 1.2), (lm, 0.5)])
 
