@@ -7,54 +7,22 @@ fitted to the first 100 of them; without a file the model writes its own text. T
 exit on three questions that ship with powermc, and says which one pays, if any. If none does, the best of them is run
 all the same, so that you see by how much it does not.
 
-With the defaults and SmolLM2-135M it takes a few minutes on two cores.
+With SmolLM2-135M it takes several minutes on two cores; --layers 24 --max-new-tokens 24 took three.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import powermc
 from powermc.cli.calibrate import layer_list, read_texts
-from powermc.cli.demo import questions
+from powermc.cli.demo import comparison, questions
 from powermc.cli.sample import read_prompts
 from powermc.evaluation.pilot import Choice, check, pilot
-
-
-def moves(run: powermc.Run) -> int:
-    """Accepted moves that changed the path, over all chains and blocks."""
-    return sum(int(info["changed"].sum()) for info in run.infos)
-
-
-def per_move(cost: float, run: powermc.Run) -> str:
-    """What a move cost; nothing to say where there was none."""
-    return f"{cost / moves(run):,.3g}" if moves(run) else "-"
-
-
-def comparison(plain: powermc.Run, early: powermc.Run, name: str) -> str:
-    """What both runs computed, did and cost, one line each. Growth, which is the same work in both, is included."""
-    runs = (plain, early)
-    spans = sorted({span for run in runs for span in run.cost.spans})
-    depths = sorted({depth for run in runs for depth in run.cost.heads})
-    lines: list[tuple[str, Callable[[powermc.Run], str]]] = [
-        ("kernel steps", lambda run: f"{sum(c.steps for chains in run.chains for c in chains):,}"),
-        *((f"tokens run through layers {a}-{b}", lambda run, a=a, b=b: f"{run.cost.tokens(a, b):,}") for a, b in spans),
-        *((f"states read by the head at {d}", lambda run, d=d: f"{run.cost.heads[d]:,}") for d in depths),
-        ("sequential passes", lambda run: f"{run.cost.ticks:,}"),
-        ("GFLOP", lambda run: f"{run.cost.flops / 1e9:,.4g}"),
-        ("seconds", lambda run: f"{run.seconds:,.1f}"),
-        ("moves that changed the path", lambda run: f"{moves(run):,}"),
-        ("GFLOP per move", lambda run: per_move(run.cost.flops / 1e9, run)),
-        ("seconds per move", lambda run: per_move(run.seconds, run)),
-        ("mean log p of the last paths", lambda run: f"{sum(p.sum() for p in run.log_p) / len(run.log_p[0]):,.2f}"),
-    ]
-    rows = [("", "plain MH", name), *((what, show(plain), show(early)) for what, show in lines)]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
 
 
 def stages(run: powermc.Run) -> str:
@@ -82,8 +50,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=100, help="calibrate on the first so many texts (default 100)")
     parser.add_argument("--layers", default="20,24", help="exit after these layers (default 20,24 of SmolLM2's 30)")
     parser.add_argument("--alpha", type=float, default=4.0, help="power of the target (default 4)")
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="longest answer (default 48)")
-    parser.add_argument("--steps", type=int, default=6, help="steps in the pilot and after each block (default 6)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default 32)")
+    parser.add_argument("--steps", type=int, default=4, help="steps in the pilot and after each block, at least 4")
     parser.add_argument("--chains", type=int, default=2, help="chains per prompt (default 2)")
     parser.add_argument("--plain", type=float, default=0.1, help="share of plain full-depth steps (default 0.1)")
     parser.add_argument("--seed", type=int, default=0, help="(default 0)")

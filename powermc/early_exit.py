@@ -210,10 +210,11 @@ def screened_cost(
     C_mid: evaluating a tail of the mean length at the exit, drawn there but for what a substitution keeps; C_tail:
     completing it; both at the mean context. Counted: all that ran below the exit or from it on, the exit's heads, and
     the full head on completed tails. The two differ as the first token of a tail is read off a known state, as tails
-    that pass are of another mean length, as paths are scored by the exit before they are moved from, and by the heads
-    that watch the drift. Not for proposals drawn at full depth. NaN where nothing was screened.
+    that pass are of another mean length and may begin as the current one does, as paths are scored by the exit before
+    they are moved from, and by the heads that watch the drift. rho: the share of proposals that were
+    completed. Not for proposals drawn at full depth. NaN where nothing was screened.
     """
-    proposals = stages.screened + stages.gated
+    proposals = stages.screened + stages.gated + stages.same
     if not proposals:
         return dict.fromkeys(("rho", "c_mid", "c_tail", "model", "counted", "full_depth"), math.nan)
     exit: Any = screening.surrogate
@@ -221,7 +222,7 @@ def screened_cost(
     moves = [(info["component"] == 0) & ~info["null"] for info in infos]
     column = {
         name: np.concatenate([info[name][at] for info, at in zip(infos, moves, strict=True)])
-        for name in ("cut", "length", "proposal_length", "stage1_accepted", "gated")
+        for name in ("cut", "length", "proposal_length")
     }
     tails = column["proposal_length"]
     if screening.proposal == "substitution":  # keeps the length, and what it keeps is evaluated anew
@@ -233,7 +234,9 @@ def screened_cost(
     c_tail = n * (cost.span(depth, layers, context) + cost.head)
     rho = (stages.passed + stages.gated) / proposals
     counted = sum(f for (first, last), f in spent.span_flops.items() if last <= depth or first >= depth)
-    counted += spent.head_flops[depth] + float(tails[column["stage1_accepted"] | column["gated"]].sum()) * cost.head
+    # A tail is read from the state before it on, and that one is known: one more position is read than was run.
+    completed = sum(n for (first, _), n in spent.spans.items() if first >= depth) + stages.passed + stages.gated
+    counted += spent.head_flops[depth] + completed * cost.head
     return {
         "rho": rho,
         "c_mid": c_mid,

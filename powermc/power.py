@@ -126,7 +126,8 @@ def power_sample(
         being free no-ops), "block" (uniform over the current block), or "entropy" (by the model's own uncertainty).
     seed
         Every number drawn is a function of (seed, the prompt's tokens, chain, step). A prompt's draws do not depend
-        on the other prompts; where a prompt occurs twice, the two draw different numbers.
+        on the other prompts, unless the kernel is chosen ("auto") or its exponent fitted (`screen`) on them; where a
+        prompt occurs twice, the two draw different numbers.
     stop
         Strings that end a path where they first appear.
     reward

@@ -210,9 +210,12 @@ class Run:
         s = self.settings
         reward = "" if s["reward"] is None else f" exp({s['reward']}(x))"
         blocks = -(-s["max_new_tokens"] // s["block_size"])
-        lines = [
+        what = (
             f"{self.model}: target p(x)^{s['alpha']:g}{reward}, proposals at temperature {s['temperature']:g}, "
-            f"cut law {s['cut']}",
+            f"cut law {s['cut']}"
+        )
+        lines = [
+            *_wrap(what),
             f"{_count(s['chains'], 'chain')}, {_count(s['max_new_tokens'], 'token')} in {_count(blocks, 'block')}, "
             f"{_count(s['steps'], 'step')} after each, scope {s['scope']}, seed {s['seed']}",
         ]
@@ -295,7 +298,7 @@ class Run:
         spent = f"cost: {_count(self.tokens, 'token')} evaluated in {self.seconds:.1f} s ({rate:,.0f} tokens/s):"
         one = f"{spent} {depths};"
         lines = [
-            *([one] if len(one) <= 80 else [spent, *_wrap(f"{depths};")]),
+            *([one] if len(one) <= 80 else [spent, *_wrap(f"      {depths};")]),
             f"      {_count(self.cost.ticks, 'sequential step')}, {_count(self.cost.prefills, 'prefill')}",
         ]
         if self.resolution > 0:
@@ -391,7 +394,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _wrap(text: str) -> list[str]:
-    return textwrap.wrap(text, 80, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return textwrap.wrap(text, 80, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False)
 
 
 def _count(n: int, noun: str) -> str:

@@ -26,6 +26,8 @@ class Stages:
         Of these, how many passed the first stage, and were completed to full depth.
     accepted
         Of those, how many were accepted.
+    same
+        Steps of the screened kernel that proposed the current path: accepted as it is, nothing evaluated.
     gated
         Steps decided by the single-stage ratio as either tail was uncertain.
     null
@@ -44,6 +46,7 @@ class Stages:
     screened: int
     passed: int
     accepted: int
+    same: int
     gated: int
     null: int
     plain: int
@@ -90,8 +93,9 @@ def count_stages(infos: Sequence[Mapping[str, np.ndarray]]) -> Stages:
         return np.concatenate([np.asarray(info[name]).ravel() for info in infos]) if infos else np.zeros(0)
 
     component, gated, null = column("component"), column("gated").astype(bool), column("null").astype(bool)
+    same = column("same").astype(bool)
     early, plain = component == 0, component == 1
-    screened = early & ~gated & ~null
+    screened = early & ~gated & ~null & ~same
     passed = screened & column("stage1_accepted").astype(bool)
     accepted, lengths = column("accepted").astype(bool), column("proposal_length")
     return Stages(
@@ -99,6 +103,7 @@ def count_stages(infos: Sequence[Mapping[str, np.ndarray]]) -> Stages:
         screened=int(screened.sum()),
         passed=int(passed.sum()),
         accepted=int((passed & accepted).sum()),
+        same=int((early & same).sum()),
         gated=int((early & gated).sum()),
         null=int((early & null).sum()),
         plain=int(plain.sum()),

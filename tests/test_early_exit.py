@@ -59,7 +59,8 @@ def test_kept_paths_hold_one_models_scores(run):
 
 
 def test_the_stages_are_a_recount_of_the_infos(run):
-    counted = dict.fromkeys(["screened", "passed", "accepted", "gated", "null", "plain", "changed", "drawn", "done"], 0)
+    names = ("screened", "passed", "accepted", "same", "gated", "null", "plain", "changed", "drawn", "done")
+    counted = dict.fromkeys(names, 0)
     for p in range(2):
         info = run.infos[p]
         for c in range(3):
@@ -71,7 +72,7 @@ def test_the_stages_are_a_recount_of_the_infos(run):
                 elif step["null"]:
                     counted["null"] += 1
                 else:
-                    counted["gated" if step["gated"] else "screened"] += 1
+                    counted["same" if step["same"] else "gated" if step["gated"] else "screened"] += 1
                     counted["drawn"] += step["proposal_length"]
                     passed = not step["gated"] and step["stage"] >= 1
                     counted["passed"] += passed
@@ -83,6 +84,7 @@ def test_the_stages_are_a_recount_of_the_infos(run):
         "screened": found.screened,
         "passed": found.passed,
         "accepted": found.accepted,
+        "same": found.same,
         "gated": found.gated,
         "null": found.null,
         "plain": found.plain,
@@ -91,7 +93,7 @@ def test_the_stages_are_a_recount_of_the_infos(run):
         "done": found.completed_tokens,
     }
     assert found.steps == 2 * 3 * 18
-    assert min(found.screened, found.passed, found.accepted, found.gated, found.plain, found.saved) > 0
+    assert min(found.screened, found.passed, found.accepted, found.gated, found.plain, found.saved, found.same) > 0
 
 
 def test_the_facts(run):
@@ -429,10 +431,10 @@ def test_a_reward_and_stop_strings():
 
 
 def test_a_long_run_draws_from_the_power_distribution():
-    """As for plain steps in test_power.py, with a surrogate that is far off (p~^2 differs from the law by .25), a gate and
-    30% plain steps. By the transition matrix of this very kernel (tau <= 15.7) the standard error of a frequency is at
-    most .0216: at .11, five of them, a right sampler fails with probability below 1e-5. That finds gross errors only;
-    test_screening.py has the proof."""
+    """As for plain steps in test_power.py, with a surrogate that is far off (p~^2 differs from the law by .25), a gate
+    and 30% plain steps. By the transition matrix of this very kernel (tau <= 15.7) the standard error of a frequency is
+    at most .0216: at .11, five of them, a right sampler fails with probability below 1e-5. This finds gross errors;
+    the proof is in test_screening.py."""
     model, small = FakeLM(pieces=("a", "b", "")), FakeLM(pieces=("a", "b", ""), seed=3)
     space = model.space(2)
     paths = [space.path(Prompt(), t) for t in [(2,), *[(a, b) for a in (0, 1) for b in (0, 1, 2)]]]

@@ -15,26 +15,26 @@ from powermc.stages import USELESS, Stages, count_stages
 from powermc.targets import Power
 from tests.fake_lm import FakeLM
 
-# component, null, gated, stage1_accepted, accepted, changed, proposal_length
+# component, null, same, gated, stage1_accepted, accepted, changed, proposal_length
 KINDS = {
-    "rejected in stage 1": (0, 0, 0, 0, 0, 0, 5),
-    "rejected in stage 2": (0, 0, 0, 1, 0, 0, 7),
-    "accepted": (0, 0, 0, 1, 1, 1, 11),
-    "accepted, the same again": (0, 0, 0, 1, 1, 0, 2),
-    "gated, rejected": (0, 0, 1, 0, 0, 0, 13),
-    "gated, accepted": (0, 0, 1, 0, 1, 1, 17),
-    "null": (0, 1, 0, 0, 0, 0, 0),
-    "null, after drawing": (0, 1, 0, 0, 0, 0, 3),
-    "plain, rejected": (1, 0, 0, 0, 0, 0, 19),
-    "plain, accepted": (1, 0, 0, 0, 1, 1, 23),
-    "plain, null": (1, 1, 0, 0, 0, 0, 0),
-    "not taken": (-1, 0, 0, 0, 0, 0, 0),
+    "rejected in stage 1": (0, 0, 0, 0, 0, 0, 0, 5),
+    "rejected in stage 2": (0, 0, 0, 0, 1, 0, 0, 7),
+    "accepted": (0, 0, 0, 0, 1, 1, 1, 11),
+    "the same again": (0, 0, 1, 0, 0, 1, 0, 2),
+    "gated, rejected": (0, 0, 0, 1, 0, 0, 0, 13),
+    "gated, accepted": (0, 0, 0, 1, 0, 1, 1, 17),
+    "null": (0, 1, 0, 0, 0, 0, 0, 0),
+    "null, after drawing": (0, 1, 0, 0, 0, 0, 0, 3),
+    "plain, rejected": (1, 0, 0, 0, 0, 0, 0, 19),
+    "plain, accepted": (1, 0, 0, 0, 0, 1, 1, 23),
+    "plain, null": (1, 1, 0, 0, 0, 0, 0, 0),
+    "not taken": (-1, 0, 0, 0, 0, 0, 0, 0),
 }
-NAMES = ("component", "null", "gated", "stage1_accepted", "accepted", "changed", "proposal_length")
+NAMES = ("component", "null", "same", "gated", "stage1_accepted", "accepted", "changed", "proposal_length")
 
 
 def table(*kinds: str, shape: tuple[int, ...] = (-1,)) -> dict[str, np.ndarray]:
-    dtypes = ("int32", *["bool"] * 5, "int32")
+    dtypes = ("int32", *["bool"] * 6, "int32")
     columns = zip(*(KINDS[kind] for kind in kinds), strict=True)
     return {n: np.array(c, dtype=d).reshape(shape) for n, c, d in zip(NAMES, columns, dtypes, strict=True)}
 
@@ -43,34 +43,36 @@ def test_every_kind_of_step():
     found = count_stages([table(*KINDS, shape=(3, 4))])
     assert asdict(found) == {
         "steps": 11,
-        "screened": 4,
-        "passed": 3,
-        "accepted": 2,
+        "screened": 3,
+        "passed": 2,
+        "accepted": 1,
+        "same": 1,
         "gated": 2,
         "null": 2,
         "plain": 3,
         "changed": 3,
         "proposed_tokens": 5 + 7 + 11 + 2 + 13 + 17 + 3,
-        "completed_tokens": 7 + 11 + 2 + 13 + 17,
+        "completed_tokens": 7 + 11 + 13 + 17,
     }
-    assert found.steps == found.screened + found.gated + found.null + found.plain
-    assert found.pass_rate == 3 / 4
-    assert found.stage2_rate == 2 / 3
-    assert found.gated_share == 2 / 6
+    assert found.steps == found.screened + found.same + found.gated + found.null + found.plain
+    assert found.pass_rate == 2 / 3
+    assert found.stage2_rate == 1 / 2
+    assert found.gated_share == 2 / 5
     assert found.saved == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_alone(kind):
-    component, null, gated, stage1, accepted, changed, length = KINDS[kind]
+    component, null, same, gated, stage1, accepted, changed, length = KINDS[kind]
     early, plain = component == 0, component == 1
-    screened = early and not null and not gated
+    screened = early and not null and not gated and not same
     passed = bool(screened and stage1)
     expected = Stages(
         steps=2 * (early or plain),
         screened=2 * screened,
         passed=2 * passed,
         accepted=2 * (passed and accepted),
+        same=2 * (early and same),
         gated=2 * (early and gated),
         null=2 * (early and null),
         plain=2 * plain,
@@ -85,12 +87,12 @@ def test_tables_add_up():
     names = list(KINDS)
     one = count_stages([table(*names[:5]), table(*names[5:], "accepted")])
     assert one == count_stages([table(*names, "accepted")])
-    assert one.accepted == 3
+    assert one.accepted == 2
 
 
 def test_shares_of_nothing_are_nan():
     for found in (count_stages([]), count_stages([table("not taken")])):
-        assert found == Stages(*[0] * 10)
+        assert found == Stages(*[0] * 11)
         assert all(math.isnan(x) for x in (found.pass_rate, found.stage2_rate, found.gated_share))
         assert found.saved == 0
         assert found.advice() is None
@@ -106,7 +108,7 @@ def test_the_fill_values_of_a_kernel_do_not_count():
     kernel = Screening(surrogate, 2.0, eta=1.0).kernel(model, model.space(4), Length(), 0.5, target)
     assert isinstance(kernel, Mixture)
     records = Records(kernel.fields, (2, 5))
-    assert count_stages([records.arrays]) == Stages(*[0] * 10)
+    assert count_stages([records.arrays]) == Stages(*[0] * 11)
     records.write((0, 0), {"component": 0, "stage1_accepted": True, "accepted": True, "proposal_length": 3})
     found = count_stages([records.arrays])
     assert (found.steps, found.screened, found.accepted, found.completed_tokens) == (1, 1, 1, 3)

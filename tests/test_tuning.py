@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from powermc import ArgumentError, NonFiniteLogits
+from powermc import ArgumentError, NonFiniteLogits, power_sample
 from powermc.sequences import Length, Prompt, Space, Substitution, Suffix
 from powermc.testing import paths_of
 from powermc.toy import TabularModel
@@ -122,6 +122,14 @@ def test_grown_paths_are_whole_scored_and_reproducible():
     # A path depends on its own prompt's key and chain only.
     alone = grown(model, space, PROMPTS[1:], temperature=0.5, chains=2, seed=4)
     assert [x.tokens for x in alone] == [x.tokens for x in found[3:5]]
+
+
+def test_grown_paths_are_other_draws_than_those_of_a_run():
+    """The same q, the same seed, other numbers: else the proposals that fit an exponent would be the run's own."""
+    run = power_sample(FakeLM(), PROMPTS, alpha=1.0, max_new_tokens=12, block_size=12, steps=0, chains=3, seed=4)
+    found = grown(FakeLM(), FakeLM().space(12), PROMPTS, temperature=1.0, chains=3, seed=4)
+    drawn = [path.tokens for paths in run.paths for path in paths]
+    assert sum(x.tokens == y for x, y in zip(found, drawn, strict=True)) < 3
 
 
 def test_grown_paths_are_drawn_at_the_temperature():

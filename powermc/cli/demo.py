@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Mapping
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
 from powermc.cli.show import names, say, texts
 from powermc.evaluation import last_number
+from powermc.power import power_sample
 from powermc.results import Run
 from powermc.sequences import default_temperature
 from powermc.settings import Settings
 
+if TYPE_CHECKING:
+    from powermc.lm import CausalLM
+
 SETTINGS: dict[str, Any] = {"max_new_tokens": 96, "steps": 4}
-"""Smaller than the defaults: about a minute on two cores with SmolLM2-135M."""
+"""Smaller than the defaults: about a minute on two cores with SmolLM2-135M, for the plain run."""
+
+
+_EXIT_SHARE = 0.8
+"""Of the layers, below the exit."""
 
 
 class Question(NamedTuple):
@@ -29,6 +39,12 @@ def questions() -> list[Question]:
     """The questions that ship with the package."""
     text = resources.files("powermc").joinpath("data", "demo_questions.jsonl").read_text(encoding="utf-8")
     return [Question(**json.loads(line)) for line in text.splitlines()]
+
+
+def shipped_texts() -> list[dict[str, str]]:
+    """Prompts and what SmolLM2 wrote on them at temperature 1: enough to calibrate one exit of a small model on."""
+    text = resources.files("powermc").joinpath("data", "calibration_texts.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if json.loads(line)["completion"].strip()]
 
 
 def introduce(out: Console, model: str, settings: Settings) -> None:
@@ -81,3 +97,80 @@ def conclude(out: Console, run: Run) -> None:
         "\nAn accepted proposal can be the answer that was there already; the last column counts those that were not. "
         'Your own question: powermc sample "..."',
     )
+
+
+def early_exit(out: Console, model: CausalLM, plain: Run, given: Mapping[str, Any], *, quiet: bool) -> Run:
+    """Answer the same questions by an early exit, and print what either run computed. Calibrates where need be."""
+    from powermc.lm import calibrate
+
+    say(out, "\nThe same by an early exit", "bold")
+    say(
+        out,
+        "So far every proposal went through all layers, the rejected ones too. Now a middle layer of the same model "
+        "writes and screens the proposals; the layers above complete only what passes, and a second test makes up for "
+        "whatever the middle layer got wrong. The distribution is the same. Whether it is cheaper depends on how well "
+        "the middle layer knows what the last one will say.\n\n"
+        "First it is calibrated, here on a little text that SmolLM2 wrote and that ships with powermc.\n",
+    )
+    layer = max(1, round(_EXIT_SHARE * model.depth))
+    texts = [
+        (*model.prompt(text["prompt"]).ids, *model.text.encode(text["completion"], False)) for text in shipped_texts()
+    ]
+    lens = calibrate(model, texts, layers=[layer], progress=None if quiet else _progress())
+    say(out, lens.table() + "\n")
+    run = power_sample(
+        model, [q.question for q in questions()], **{**given, "exit": lens, "kernel": "early-exit"}, progress=not quiet
+    )
+    facts, stages = run.early_exit, run.stages
+    assert stages is not None
+    say(out, comparison(plain, run, f"exit {facts['layer']}") + "\n")
+    say(
+        out,
+        f"Stage 1 turned down {stages.saved} of {stages.screened} proposals before the upper layers were asked, stage "
+        f"2 accepted {stages.accepted} of the {stages.passed} others, and {stages.plain} steps were plain ones. "
+        "So short a run says little of which is cheaper; powermc pilot measures that.",
+    )
+    return run
+
+
+def comparison(plain: Run, early: Run, name: str) -> str:
+    """What two runs computed and did, and what a move cost, line by line; growth, which is alike in both, included."""
+    runs = (plain, early)
+    moves = {id(run): sum(int(info["changed"].sum()) for info in run.infos) for run in runs}
+
+    def per_move(run: Run, cost: float) -> str:
+        return f"{cost / moves[id(run)]:,.3g}" if moves[id(run)] else "-"
+
+    def log_p(run: Run) -> str:
+        last = [path.log_prob for paths in run.paths for path in paths if path is not None]
+        return f"{sum(last) / len(last):,.2f}" if last else "-"
+
+    spans = sorted({span for run in runs for span in run.cost.spans})
+    depths = sorted({depth for run in runs for depth in run.cost.heads})
+    lines: list[tuple[str, Callable[[Run], str]]] = [
+        ("kernel steps", lambda run: f"{sum(chain.steps for chains in run.chains for chain in chains):,}"),
+        *((f"tokens run through layers {a}-{b}", lambda run, at=(a, b): f"{run.cost.tokens(*at):,}") for a, b in spans),
+        *((f"states read by the head at {d}", lambda run, d=d: f"{run.cost.heads[d]:,}") for d in depths),
+        ("sequential passes", lambda run: f"{run.cost.ticks:,}"),
+        ("GFLOP", lambda run: f"{run.cost.flops / 1e9:,.4g}"),
+        ("seconds", lambda run: f"{run.seconds:,.1f}"),
+        ("moves that changed the path", lambda run: f"{moves[id(run)]:,}"),
+        ("GFLOP per move", lambda run: per_move(run, run.cost.flops / 1e9)),
+        ("seconds per move", lambda run: per_move(run, run.seconds)),
+        ("mean log p of the last paths", log_p),
+    ]
+    rows = [("", "plain MH", name), *((what, show(plain), show(early)) for what, show in lines)]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+
+
+def _progress() -> Callable[[str, float], None]:
+    """A line on standard error for each part of a calibration."""
+    begun: set[str] = set()
+
+    def show(what: str, share: float) -> None:
+        if what not in begun:
+            begun.add(what)
+            print(f"powermc: {what}", file=sys.stderr, flush=True)
+
+    return show

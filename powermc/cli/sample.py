@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from powermc.cli import demo
 from powermc.cli.show import console, say, texts
@@ -16,6 +16,9 @@ from powermc.errors import ArgumentError
 from powermc.power import LanguageModel, power_sample
 from powermc.results import Run, shorten
 from powermc.settings import Settings
+
+if TYPE_CHECKING:
+    from powermc.lm import CausalLM
 
 
 class Source(NamedTuple):
@@ -61,13 +64,15 @@ def run(
         model = load(model_name, options, notes, quiet)
         warnings.filterwarnings("ignore", message="prompt .* stopped after", category=RuntimeWarning)
         result = power_sample(model, prompts, **given, progress=not quiet)
-    written = out is None or _write(result, out)
+    written, second = out is None or _write(result, out), None
     if as_json:
         json.dump(result.to_dict(), stdout, allow_nan=False, default=str)
         stdout.write("\n")
         stdout.flush()  # a closed pipe shows here, not when the interpreter ends
     elif source.demo:
         demo.conclude(console(), result)
+        if settings.kernel == "metropolis" and hasattr(model, "engine") and not (result.interrupted or result.errors):
+            second = demo.early_exit(console(), cast("CausalLM", model), result, given, quiet=quiet)
     else:
         show(result)
     for (p, c), error in result.errors.items():
@@ -76,7 +81,7 @@ def run(
         return 2
     if out is not None and not quiet:
         say(notes, f"the whole run is in {out}")
-    if result.interrupted:
+    if result.interrupted or (second is not None and second.interrupted):
         return 130
     return 2 if result.errors else 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -325,7 +326,9 @@ def effective_samples(values: np.ndarray) -> float:
 
     ArviZ calls a constant chain perfectly mixed, so those are left out and counted as one each.
     """
-    import arviz as az
+    with warnings.catch_warnings():  # once a day ArviZ says at import that it is being rewritten
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz as az
 
     moving = values[np.ptp(values, axis=1) > 0]
     still = len(values) - len(moving)

@@ -57,10 +57,12 @@ class DelayedAcceptance(Generic[X]):
     proposal, gate
         Its auxiliary, if stages or gate use it, must be a function of nothing but what both directions share.
 
+    A proposal equal to x is accepted as it is, no stage asked.
+
     Info: that of `Metropolis`, with `log_ratio` and `log_level` those of the stage that came closest to a tie; `gated`;
-    `stage` (how many stages were passed; -1: gated or null); `stage1_accepted` (False where gated or null);
-    `log_surrogate` = log g_1(y) - log g_1(x) (NaN where gated or null); `log_target` = log pi(y) - log pi(x) (NaN where
-    the target was not reached).
+    `same` (the proposal was x itself); `stage` (how many stages were passed; -1: gated, same or null);
+    `stage1_accepted` (False for those); `log_surrogate` = log g_1(y) - log g_1(x) (NaN for those); `log_target` =
+    log pi(y) - log pi(x) (NaN where the target was not reached).
     """
 
     stages: Sequence[Target[X] | Conditional[X]]
@@ -90,6 +92,9 @@ class DelayedAcceptance(Generic[X]):
         x, y, auxiliary = move.origin, move.value, move.auxiliary
         if move.null:
             return State(x, state.log_density), stayed(move)
+        if y == x:  # every a_i is 1, so nothing needs to be evaluated to stay
+            kept: Info = {"accepted": True, "changed": False, "null": False, "gated": False, "same": True}
+            return State(x, state.log_density), {**kept, **move.info}
         gated = False
         if self.gate is not None:
             x, gated = yield from self.gate.uncertain(x, auxiliary)
@@ -125,6 +130,7 @@ class DelayedAcceptance(Generic[X]):
 
 _STAGES: Fields = {
     "gated": Field("bool", False),
+    "same": Field("bool", False),
     "stage": Field("int8", -1),
     "stage1_accepted": Field("bool", False),
     "log_surrogate": Field("float64", float("nan")),

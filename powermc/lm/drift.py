@@ -44,7 +44,11 @@ class Drift:
     @torch.no_grad()
     def completed(self, cache: Prefix, start: int, stop: int) -> None:
         """States start..stop-1 (positions, the prompt's included) have just come to the full depth."""
-        at = np.unique(np.linspace(start, stop - 1, min(self.positions, stop - start)).round().astype(int))
+        evenly = np.linspace(start, stop - 1, min(self.positions, stop - start)).round().astype(int)
+        # What had passed all layers before the exit was there has no state at it.
+        at = np.array([t for t in np.unique(evenly) if cache.has(self.exit.depth, t)], dtype=int)
+        if not len(at):
+            return
         nothing = np.full(len(at), -1)
 
         def log_softmax(model: EarlyExit | object, depth: int) -> torch.Tensor:

@@ -94,6 +94,10 @@ class Prefix:
                 rest.append(s if s.start >= self.length else s.after(self.length))
         return Prefix((*self.segments, *rest), other.length) if rest else self
 
+    def has(self, depth: int, position: int) -> bool:
+        """Whether the state of a position at `depth` is there."""
+        return any(s.start <= position < stop and depth in s.hidden for s, stop in self.parts())
+
     def followed_by(self, segment: Segment) -> Prefix:
         """This prefix and the segment that starts where it ends."""
         segments = (*self.segments, segment)

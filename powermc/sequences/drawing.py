@@ -44,20 +44,25 @@ class Block:
     def onto(self, path: Path, tokens: Tokens, finished: bool) -> Path:
         """The path `tokens`, which begins with `self.tokens`: scored by the model as far as those go.
 
-        `path` is the one that was drawn from, scored up to the cut. What other models found of it before the cut is
-        kept.
+        `path` is the one that was drawn from, scored up to the cut. What other models found of it is kept as far as
+        the two agree, which is to the cut at least.
         """
         assert path.log_p is not None, "a draft continues a scored path"
         heads = (path.log_p, path.entropy, path.margin, path.log_z[self.exponent])
         log_p, entropy, margin, log_z = (
             np.concatenate((head[: self.cut], column)) for head, column in zip(heads, self.scores.T, strict=True)
         )
-        new = path.continued(self.cut, tokens, finished)
+        new = path.continued(_agreement(path.tokens, tokens), tokens, finished)
         return new.with_scores(self.model, log_p, entropy, margin, {self.exponent: log_z}, self.cache)
 
     def info(self) -> Info:
         """`DRAWN` but the cut."""
         return {"proposal_length": len(self.scores), "tokens": self.ran, "near_ties": self.near_ties}
+
+
+def _agreement(a: Tokens, b: Tokens) -> int:
+    """How many tokens two paths have in common before they part."""
+    return next((t for t, (u, v) in enumerate(zip(a, b, strict=False)) if u != v), min(len(a), len(b)))
 
 
 def draw(

@@ -130,7 +130,7 @@ def gates(
     aggregate: str = "max",
     by_cut: bool = False,
 ) -> UncertainTail:
-    """Gates by which some move of `proposal` from the support of the target is gated, and some is not.
+    """Gates by which some move of `proposal` to another path, from the support of the target, is gated, and some not.
 
     `kind` is "eta", "delta" or "both"; with `by_cut` the thresholds are functions of the cut. A pair on which
     uncertainty takes one value only is rejected.
@@ -153,7 +153,7 @@ def gates(
 def _uncertainties(
     pair: Pair, proposal: Proposal[Path], model: Models, aggregate: str
 ) -> list[tuple[Cut, float, float]]:
-    """(cut, entropy, margin) of every move from a supported path, the less certain one of its two tails counted."""
+    """(cut, entropy, margin) of every move from a supported path to another one, the less certain tail counted."""
 
     def tails(value: Path, cut: Cut) -> tuple[float, float]:
         path = run(scored(model_at(model, cut), value))
@@ -162,7 +162,7 @@ def _uncertainties(
 
     leaves = enumerate_outcomes([lambda choices, x=x: proposal.propose(choices, x) for x in pair.supported])
     found = []
-    for move in (move for outcomes in leaves for move, _ in outcomes if not move.null):
+    for move in (move for outcomes in leaves for move, _ in outcomes if not move.null and move.value != move.origin):
         (h, g), (other_h, other_g) = (tails(value, move.auxiliary) for value in (move.origin, move.value))
         found.append((move.auxiliary, float(max(h, other_h)), float(min(g, other_g))))
     return found

@@ -5,6 +5,8 @@ The surrogate knows nothing of the target. Every proof names the law it means: p
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from powermc.choices import Stream
 from powermc.kernels import DelayedAcceptance, Metropolis, Mixture
+from powermc.kernels.metropolis import stayed
 from powermc.proposals import RandomWalk
 from powermc.scheduling import run
 from powermc.sequences import ByCut, Entropy, Length, Space, Substitution, Suffix, UncertainTail
@@ -23,6 +26,7 @@ from powermc.testing import strategies as toys
 from powermc.testing.pairs import power
 from powermc.testing.strategies import Toy
 from powermc.toy import TabularModel
+from powermc.types import Move, State, evaluate
 from tests.exactness.mutants_delayed import unsure
 
 PROPOSALS = (
@@ -66,8 +70,12 @@ def gated(info):
     return info.get("gated", False)
 
 
+def same(info):
+    return info.get("same", False)
+
+
 def screened(info):
-    return not info["null"] and not info["gated"]
+    return not info["null"] and not info["gated"] and not same(info)
 
 
 # Stages
@@ -109,8 +117,11 @@ def test_the_usual_choice(data):
     found = check(DelayedAcceptance([power(pair.surrogate, beta), power(pair.target, alpha)], q), pair, alpha)
     for leaves in found.leaves:
         for (_, info), _ in leaves:
-            if not info["null"]:
-                assert info["changed"] <= info["accepted"] == (info["stage"] == 2)
+            if same(info):
+                assert info["accepted"] > info["changed"]
+                assert not {"stage", "stage1_accepted", "log_surrogate", "log_target"} & info.keys()
+            elif not info["null"]:
+                assert info["changed"] == info["accepted"] == (info["stage"] == 2)
                 assert info["stage1_accepted"] == (info["stage"] > 0)
                 assert np.isfinite(info["log_surrogate"])
                 assert ("log_target" in info) == (info["stage"] > 0)
@@ -146,6 +157,86 @@ def test_never_more_moves_than_metropolis(kind, data):
         excess = matrix - plain
         np.fill_diagonal(excess, 0.0)
         assert excess.max() <= 1e-13
+
+
+# A proposal that is the current path
+
+
+class AsksAlways(DelayedAcceptance):
+    """The kernel written out without the shortcut: gate and stages are asked about y = x as about any y."""
+
+    def step(self, choices, state):
+        move = yield from self.proposal.propose(choices.at("proposal"), state.value)
+        x, y, cut = move.origin, move.value, move.auxiliary
+        if move.null:
+            return State(x, state.log_density), stayed(move)
+        gated = False
+        for value in (x, y) if self.gate else ():
+            _, unsure = yield from self.gate.uncertain(value, cut)
+            gated = gated or unsure
+        accepted, last = True, -move.log_hastings
+        for i, stage in enumerate(self.stages[-1:] if gated else self.stages):
+            stage = stage.given(cut) if hasattr(stage, "given") else stage
+            _, here = yield from evaluate(stage, x)
+            _, there = yield from evaluate(stage, y)
+            accepted = accepted and choices.at("accept", i).level().below(there - here - last)
+            last = there - here
+        _, log_density = yield from evaluate(self.stages[-1], y)
+        info = {"null": False, "gated": gated, "accepted": accepted, "asked_of_itself": x == y}
+        return (State(y, log_density) if accepted else State(x, state.log_density)), info
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("kind", PROPOSALS)
+@given(data=st.data())
+@settings(max_examples=4)
+def test_not_asking_about_the_current_path_changes_no_entry(kind, gate, data):
+    """P with the shortcut is P without it, surrogates with zeros, gates and routes by the cut included."""
+    pair = data.draw(on.pairs(zeros=True))
+    q = data.draw(proposals(pair, kind))
+    screens = data.draw(st.lists(on.surrogates(pair, zeros=True), min_size=1, max_size=2))
+    stages = [*screens, power(pair.target, data.draw(toys.alphas()))]
+    open_to = UncertainTail(pair.surrogate.model, eta=0.7, delta=0.2) if gate else None
+    fast, written = (
+        enumerate_kernel(kernel(stages, q, open_to), pair.paths) for kernel in (DelayedAcceptance, AsksAlways)
+    )
+    assert_same_kernel(fast, written)
+    proposed = mass(fast, same)
+    assert proposed == pytest.approx(mass(written, lambda info: info.get("asked_of_itself")), abs=1e-12)
+    assert proposed > 0 or mass(fast, lambda info: info["null"]) == pytest.approx(1)
+
+
+class Standing:
+    """Proposes what is there, by another object."""
+
+    fields = MappingProxyType({})
+
+    def propose(self, choices, value):
+        return Move(Space(frozenset({2}), 3).path(value.prompt, value.tokens), value, info={"cut": 1})
+        yield
+
+
+class NoAcceptance:
+    def at(self, purpose, index=0):
+        assert purpose == "proposal"
+
+
+def test_a_proposal_of_the_current_path_asks_nobody(counted):
+    """Not one request, whoever could be asked: the path stays as unscored as it was, and no level is drawn."""
+    space = Space(frozenset({2}), 3)
+    kernel = DelayedAcceptance(
+        [power(Toy(model, space), 2.0) for model in counted], Standing(), UncertainTail(counted[0], eta=0.1)
+    )
+    path = paths_of(space, 3)[0]
+    step = kernel.step(NoAcceptance(), State(path, -1.5))
+    with pytest.raises(StopIteration) as ended:
+        next(step)
+    state, info = ended.value.value
+    assert state.value is path
+    assert state.log_density == -1.5
+    assert not any(path.scored(model) for model in counted)
+    assert all(model.take() == ([], 0) for model in counted)
+    assert info == {"accepted": True, "changed": False, "null": False, "gated": False, "same": True, "cut": 1}
 
 
 # Gates
@@ -259,10 +350,14 @@ def test_a_stage_is_asked_only_about_what_passed_the_stage_before(tokens, gate, 
         state, info = run(kernel.step(Stream(0).step(i), state))
         (by_cheap, drawn), (by_middle, _), (by_target, _) = (model.take() for model in counted)
         passed = info.get("stage", -1)
-        seen.add((passed, info.get("gated", False)))
-        if info["null"]:
+        seen.add("null" if info["null"] else "same" if same(info) else (passed, info["gated"]))
+        if info["null"] or same(info):
             assert not by_middle
             assert not by_target
+            assert state.value == before.value
+            assert state.log_density == before.log_density
+            assert info["null"] or drawn == info["proposal_length"] > 0
+            assert tokens or i == 0 or not by_cheap
             continue
         assert drawn == info["proposal_length"] > 0
         assert len(by_target) == (info["gated"] or passed >= 2)
@@ -274,8 +369,8 @@ def test_a_stage_is_asked_only_about_what_passed_the_stage_before(tokens, gate, 
             assert state.value == before.value
             assert state.log_density == before.log_density
         assert state.value.scored(cheap) or info["gated"]
-    expected = {(0, False), (1, False), (2, False), (3, False)} | ({(-1, True)} if gate else set())
-    assert seen - {(-1, False)} == expected
+    expected = {"same", (0, False), (1, False), (2, False), (3, False)} | ({(-1, True)} if gate else set())
+    assert seen - {"null"} == expected
 
 
 def test_the_middle_stage_is_never_asked_about_a_gated_pair(counted):
@@ -285,11 +380,15 @@ def test_the_middle_stage_is_never_asked_about_a_gated_pair(counted):
     stages = [power(Toy(model, space), 2.0) for model in counted]
     kernel = DelayedAcceptance(stages, Suffix(cheap, space, Length(), 0.5), UncertainTail(cheap, eta=0.0))
     state = run(kernel.init(paths_of(space, 3)[0]))
+    infos = []
     for i in range(30):
         state, info = run(kernel.step(Stream(1).step(i), state))
-        assert info["gated"]
+        assert info["gated"] != same(info)
+        infos.append(info)
     assert not middle.take()[0]
-    assert len(target.take()[0]) == 31
+    moves = sum(info["gated"] for info in infos)
+    assert 0 < moves < 30
+    assert len(target.take()[0]) == 1 + moves
 
 
 # Null moves, errors, declarations

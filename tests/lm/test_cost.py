@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from powermc.lm.rows import Prefix
 from powermc.scheduling import run
 from powermc.sequences import Length, Path, Prompt, SequenceProbability, Space, Suffix, draft, scored
 from powermc.targets import Power
-from powermc.types import State, Steps
+from powermc.types import Choices, Fields, Move, State, Steps
 from tests.lm.families import ALL, tiny_model
 
 COUNTED: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -32,6 +34,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 CLOSE = 0.02
 
+COLD = {"llama": 0.1, "mixtral": 0.1, "gpt2": 0.1}
+"""Temperatures at which drafts repeat themselves for a while."""
 
 COUNTED_SHORT = ("diffllama", "modernbert-decoder")
 """Values twice as wide, and a dense layer before the head: 11% and half of the head are missing."""
@@ -109,31 +113,96 @@ def settled(lm: CausalLM, exit_: EarlyExit, space: Space) -> tuple[Any, State[Pa
     return kernel, run(program())
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A proposal that keeps its moves."""
+
+    proposal: Any
+    moves: list[Move[Path]] = field(default_factory=list)
+
+    @property
+    def fields(self) -> Fields:
+        return self.proposal.fields
+
+    def propose(self, choices: Choices, value: Path) -> Steps[Move[Path]]:
+        self.moves.append((yield from self.proposal.propose(choices, value)))
+        return self.moves[-1]
+
+
+def parting(x: Path, y: Path) -> int:
+    """How many tokens two paths begin with alike."""
+    n = 0
+    while x.tokens[: n + 1] == y.tokens[: n + 1] and n < max(len(x), len(y)):
+        n += 1
+    return n
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_nothing_below_the_exit_runs_twice(family: str, layer: int) -> None:
-    """Per step: the tokens drafted pass [0, exit) once each; those of survivors pass [exit, L) once each; no others.
+    """Per step: the tokens drafted pass [0, exit) once each; those of survivors pass [exit, L) once each, from the one
+    on that differs from the current path; no others.
 
     A draft of n tokens costs n - 1: the last token is not run, and the state before the cut is known. Scoring a tail
-    of n tokens needs the head on n states, and the layers on n - 1.
+    of n tokens needs the head on n states, and the layers on n - 1. What is drafted as it was needs neither.
     """
     lm = model_of(family)
     exit_ = EarlyExit(lm, ExitHead(layer))
     space = Space(frozenset(), 14)
     kernel, state = settled(lm, exit_, space)
+    kernel = replace(kernel, proposal=Kept(kernel.proposal))
     fates = set()
     for step in range(1, 25):
         before = lm.ledger.copy()
         state, info = run(kernel.step(Stream(0).step(step), state))
         spent, n = lm.ledger.since(before), info["proposal_length"]
-        completed = n if info["stage"] >= 1 else 0
+        move = kernel.proposal.moves[-1]
+        assert info.get("same", False) == (move.value == move.origin)
+        completed = len(move.value) - parting(move.origin, move.value) if info.get("stage", 0) >= 1 else 0
+        assert completed <= n
         assert spent.tokens(0, layer) == info["tokens"] == n - 1
         assert spent.tokens(layer, lm.depth) == max(completed - 1, 0)
         assert set(+spent.spans) <= {(0, layer), (layer, lm.depth)}
         assert spent.heads[layer] == n
         assert spent.heads[lm.depth] == completed
-        fates.add((info["stage"], info["accepted"]))
+        fates.add((info.get("stage"), info["accepted"]))
     assert {(1, False), (2, True)} <= fates
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_completion_starts_where_the_draft_leaves_the_current_path(family: str, layer: int) -> None:
+    """Layers [exit, L) and the head from the first token on that differs, wherever the cut was; nothing for the whole
+    path over again. The scores are those of the path scored from nothing."""
+    lm = model_of(family)
+    exit_ = EarlyExit(lm, ExitHead(layer))
+    n, cut, cold = 12, 3, COLD[family]
+    space = Space(frozenset(), n)
+
+    def begun() -> Steps[Path]:
+        x = yield from scored(exit_, space.path(Prompt(tuple(range(20, 32))), range(40, 40 + n)), (1 / cold,))
+        x, _, _ = yield from draft(exit_, space, x, 0, cold, Stream(0).step(0))
+        x = yield from scored(lm, x)
+        return (yield from scored(exit_, x, (1 / cold,)))
+
+    x = run(begun())
+    partings = set()
+    for seed in range(1, 60):
+        y, _, _ = run(draft(exit_, space, x, cut, cold, Stream(seed).step(0)))
+        same = parting(x, y)
+        before = lm.ledger.copy()
+        y = run(scored(lm, y))
+        spent = lm.ledger.since(before)
+        assert +spent.spans == +Counter({(layer, lm.depth): max(n - same - 1, 0)})
+        assert +spent.heads == +Counter({lm.depth: n - same})
+        if same not in partings:
+            found, anew = y.view(lm), run(scored(lm, space.path(x.prompt, y.tokens)))
+            assert found is not None
+            assert found.log_p == pytest.approx(anew.log_p, abs=1e-5)
+            assert found.entropy == pytest.approx(anew.entropy, abs=1e-5)
+        partings.add(same)
+    assert {cut, n} < partings
+    assert len(partings) > 5
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
@@ -154,7 +223,7 @@ def test_flops_of_a_completed_tail(family: str) -> None:
     assert path.tokens != state.value.tokens
     before = lm.ledger.copy()
     found = counted(lambda: run(scored(lm, path)))
-    spent, tail = lm.ledger.since(before), 40 - 9
+    spent, tail = lm.ledger.since(before), 40 - parting(state.value, path)
     assert spent.spans == {(layer, lm.depth): tail - 1}
     assert spent.heads == {lm.depth: tail}
     slots = 12 + 40 - 1

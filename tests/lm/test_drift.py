@@ -32,10 +32,11 @@ def pair(layer: int = 2, **options: Any) -> tuple[CausalLM, EarlyExit]:
 
 
 def drafted(lm: CausalLM, exit: EarlyExit, cut: int, seed: int = 0) -> Path:
-    """A path drawn by the model, its tail from `cut` on by the exit; not completed."""
+    """A path drawn by the model, its tail from `cut` on by the exit, another token there; not completed."""
     (start,) = grown(lm, SPACE, [PROMPT], temperature=1.0, chains=1, seed=0)
     x = run(scored(exit, start, (1.0,)))
-    return run(draft(exit, SPACE, x, cut, 1.0, Stream(seed)))[0]
+    tries = (run(draft(exit, SPACE, x, cut, 1.0, Stream(1000 * seed + i)))[0] for i in range(1000))
+    return next(y for y in tries if y.tokens[cut] != x.tokens[cut])
 
 
 def reference(lm: CausalLM, exit: EarlyExit, path: Path) -> np.ndarray:
@@ -59,10 +60,24 @@ def test_the_positions_of_a_completed_tail(cut: int, positions: int) -> None:
     with Drift(exit, positions=positions).watching() as drift:
         run(scored(lm, y))
     n = min(positions, 12 - cut)
-    at = np.unique(np.linspace(cut, 11, n).round().astype(int))
+    at = np.unique(np.linspace(3 + cut, 3 + 11, n).round().astype(int)) - 3  # counted with the prompt, halves to even
     assert drift.seen == len(at) == n
     assert drift.kl == pytest.approx(reference(lm, exit, y)[at].mean(), abs=1e-10)
     assert drift.kl > 0.01
+
+
+def test_positions_that_a_tail_has_in_common_with_the_path_before_are_known() -> None:
+    """They have been completed before: not read again."""
+    lm, exit = pair()
+    (start,) = grown(lm, SPACE, [PROMPT], temperature=1.0, chains=1, seed=0)
+    x = run(scored(exit, start, (1.0,)))
+    tries = (run(draft(exit, SPACE, x, 9, 1.0, Stream(i)))[0] for i in range(1000))
+    y = next(y for y in tries if y.tokens[:10] == x.tokens[:10] and y != x)
+    begun = next(t for t in range(12) if y.tokens[t] != x.tokens[t])
+    with Drift(exit, positions=1).watching() as drift:
+        run(scored(lm, y))
+    assert begun > 9
+    assert drift.kl == pytest.approx(reference(lm, exit, y)[begun], abs=1e-10)
 
 
 def test_the_window_is_of_the_latest() -> None:
@@ -74,7 +89,7 @@ def test_the_window_is_of_the_latest() -> None:
         for seed in range(3):
             y = drafted(lm, exit, 4, seed)
             run(scored(lm, y))
-            seen += reference(lm, exit, y)[[4, 8, 11]].tolist()  # 7.5 is rounded to even
+            seen += reference(lm, exit, y)[[4, 7, 11]].tolist()
             assert drift.kl == pytest.approx(np.mean(seen[-4:]), abs=1e-10)
     assert drift.seen == 9
 
@@ -89,7 +104,8 @@ def test_only_completions_of_that_exit_are_seen() -> None:
         assert drift.seen == 0, "scored from nothing"
         x = run(scored(exit, start, (1.0,)))
         assert drift.seen == 0, "scored by the exit"
-        y = run(draft(exit, SPACE, x, 4, 1.0, Stream(0)))[0]
+        tries = (run(draft(exit, SPACE, x, 4, 1.0, Stream(i)))[0] for i in range(1000))
+        y = next(y for y in tries if y.tokens[4] != x.tokens[4])
         assert drift.seen == 0, "not completed"
         full = run(scored(lm, y))
         assert (drift.seen, second.seen) == (2, 0)
@@ -156,20 +172,34 @@ def test_a_token_that_the_exit_cannot_draw_shows_as_infinite() -> None:
     assert drift.kl == math.inf
 
 
+class Counting:
+    """Watches as a drift does; counts completed tails and their tokens."""
+
+    def __init__(self, exit: EarlyExit) -> None:
+        self.exit, self.tails, self.read = exit, 0, 0
+
+    def completed(self, cache: Any, start: int, stop: int) -> None:
+        self.tails += 1
+        self.read += min(stop - start, 2)
+
+
 def test_in_a_kernel_it_sees_the_survivors() -> None:
     """Over steps of the screened kernel: two positions per completed tail of two tokens or more."""
     lm, exit = pair()
     target = Power(SequenceProbability(lm), 1.5)
     kernel = Screening(exit, 1.5, plain=0.2).kernel(lm, SPACE, Length(), 1 / 1.5, target)
     (start,) = grown(lm, SPACE, [PROMPT], temperature=1 / 1.5, chains=1, seed=0)
-    state, expected, stages = run(kernel.init(start)), 0, set()
+    state, passed, stages = run(kernel.init(start)), 0, set()
+    own: Any = Counting(exit)
+    lm.engine.watchers.append(own)
     with Drift(exit).watching() as drift:
         for i in range(40):
             state, info = run(kernel.step(Stream(3).step(i), state))
-            if info["component"] == 0:
+            if "stage" in info:
                 stages.add(info["stage"])
-                expected += min(info["proposal_length"], 2) * (info["stage"] > 0)
-            assert drift.seen == expected
+                passed += info["stage"] > 0
+            assert own.tails == passed
+            assert drift.seen == own.read
     assert stages == {0, 1, 2}
 
 

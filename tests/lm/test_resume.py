@@ -113,8 +113,8 @@ def deviations(lm: CausalLM, exits: Sequence[EarlyExit], paths: Sequence[Path]) 
 
 
 def outcomes(visited: Sequence[tuple[Path, dict[str, Any]]]) -> set[Any]:
-    """(stages passed, accepted) of every move that was one."""
-    return {(i.get("stage"), i["accepted"]) for _, i in visited if not i["null"]}
+    """(stages passed, accepted) of every move that was one, and was to another path."""
+    return {(i.get("stage"), i["accepted"]) for _, i in visited if not i["null"] and not i.get("same", False)}
 
 
 def resumed(family: str) -> tuple[dict[int, float], set[Any]]:
