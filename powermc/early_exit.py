@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from powermc.sequences.screening import Screening
 from powermc.sequences.suffix import default_temperature
 from powermc.settings import Settings
 from powermc.stages import Stages, count_stages
-from powermc.tuning import fit_exponent, grown, pairs, surrogate_ledger, surrogate_name
+from powermc.tuning import Pair, fit_eta, fit_exponent, grown, pairs, surrogate_ledger, surrogate_name
 
 if TYPE_CHECKING:
     from powermc.lm import Ledger, Lens
@@ -94,23 +94,39 @@ def prepare(model: Any, settings: Settings, prompts: Sequence[Prompt], space: Sp
     """
     if settings.kernel == "metropolis":
         return Prepared(None, {"kernel": "metropolis"})
+    before = model.ledger.copy()
     lens, surrogates = _surrogates(model, settings)
     if settings.kernel == "auto":
-        return _chosen(model, settings, prompts, lens, surrogates)
-    surrogate = surrogates[-1]
-    settings.screening(surrogate, 1.0)  # thresholds that cannot be used are refused before any work
-    exponent, fitted = settings.alpha, False
+        prepared = _chosen(model, settings, prompts, lens, surrogates)
+    else:
+        prepared = _asked_for(model, settings, prompts, space, lens, surrogates[-1])
+    prepared.facts["warmup_cost"] = model.ledger.since(before).as_dict()
+    return prepared
+
+
+def _asked_for(
+    model: Any, settings: Settings, prompts: Sequence[Prompt], space: Space, lens: Any, surrogate: Any
+) -> Prepared:
+    screening = settings.screening(surrogate, settings.alpha)  # what cannot be used is refused before any work
+    fitted: list[str] = []
     if settings.proposal != "exit" and settings.screen is None:
-        exponent, fitted = _fitted(model, surrogate, settings, prompts, space), True
+        fitted.append("exponent")
+    if settings.gated is not None:
+        fitted.append("eta")
+    if fitted:
+        found = _warm_up(model, screening, settings, prompts, space)
+        if "exponent" in fitted:
+            screening = replace(screening, exponent=fit_exponent(found, settings.alpha))
+        if settings.gated is not None:
+            screening = replace(screening, eta=fit_eta(found, settings.gated))
     if settings.proposal == "full":
         warnings.warn(
             "proposal 'full' draws at full depth before it screens: log p is paid for already, so nothing is saved; "
             "it is there for comparison",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    facts = {"kernel": "early-exit", "exponent_fitted": fitted}
-    return _prepared(model, settings.screening(surrogate, exponent), lens, facts)
+    return _prepared(model, screening, lens, {"kernel": "early-exit", "fitted": fitted})
 
 
 def _surrogates(model: Any, settings: Settings) -> tuple[Lens | None, list[Any]]:
@@ -162,8 +178,10 @@ def _chosen(model: Any, settings: Settings, prompts: Sequence[Prompt], lens: Any
     if best.proposal is None:
         return Prepared(None, {"kernel": "metropolis", **facts})
     surrogate = next(s for s in surrogates if surrogate_name(s) == best.surrogate)
-    screening = Screening(surrogate, best.exponent, proposal=best.proposal, plain=settings.plain)
-    facts = {"kernel": "early-exit", "exponent_fitted": best.proposal != "exit", **facts}
+    screening = Screening(
+        surrogate, best.exponent, temperature=best.temperature, proposal=best.proposal, plain=settings.plain
+    )
+    facts = {"kernel": "early-exit", "fitted": [] if best.proposal == "exit" else ["exponent"], **facts}
     return _prepared(model, screening, lens, facts)
 
 
@@ -188,13 +206,14 @@ def _held_out(lens: Any) -> Any:
     return lambda layer: rows.get(layer, math.nan)
 
 
-def _fitted(model: Any, surrogate: Any, settings: Settings, prompts: Sequence[Prompt], space: Space) -> float:
-    """The screening exponent, fitted on proposals from paths drawn for some of the prompts."""
+def _warm_up(
+    model: Any, screening: Screening, settings: Settings, prompts: Sequence[Prompt], space: Space
+) -> list[Pair]:
+    """Proposals from paths drawn for some of the prompts, as both models see them."""
     heat = default_temperature(settings.alpha) if settings.temperature is None else settings.temperature
     starts = grown(model, space, prompts[:_FIT_PROMPTS], temperature=heat, chains=1, seed=settings.seed)
-    proposal = settings.screening(surrogate, 1.0).proposals(model, space, Length(), heat)[settings.proposal]
-    found = pairs(model, surrogate, proposal, starts, each=_FIT_EACH, seed=settings.seed)
-    return fit_exponent(found, settings.alpha)
+    proposal = screening.proposals(model, space, Length(), heat)[screening.proposal]
+    return pairs(model, screening.surrogate, proposal, starts, each=_FIT_EACH, seed=settings.seed)
 
 
 def screened_cost(

@@ -88,9 +88,11 @@ def power_sample(
     layer: int | None = None,
     proposal: str = "exit",
     screen: float | None = None,
+    exit_temperature: float | None = None,
     plain: float = 0.1,
     eta: float | None = None,
     delta: float | None = None,
+    gated: float | None = None,
     aggregate: str = "max",
     progress: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -151,6 +153,10 @@ def power_sample(
     screen
         Exponent of the surrogate in the first stage, >= 0; None for alpha where the surrogate draws the tail, else
         fitted on proposals before the first step, and recorded.
+    exit_temperature
+        Of what the surrogate draws, > 0; None for that of the model's proposals.
+    gated
+        Fit `eta` before the first step so that about this share of proposed tails is uncertain; recorded.
     progress
         Show a display on standard error.
     callbacks
@@ -179,9 +185,11 @@ def power_sample(
         layer=layer,
         proposal=proposal,
         screen=screen,
+        exit_temperature=exit_temperature,
         plain=plain,
         eta=eta,
         delta=delta,
+        gated=gated,
         aggregate=aggregate,
     )
     given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)

@@ -263,11 +263,13 @@ class Run:
         lines = textwrap.wrap(facts["verdict"], 80) if "verdict" in facts else []
         if stages is None:
             return lines
-        fitted = " (fitted)" if facts["exponent_fitted"] else ""
+        fitted = f" (fitted: {', '.join(facts['fitted'])})" if facts["fitted"] else ""
         lines += [
             f"early exit: {facts['surrogate']};",
-            f"      proposal {facts['proposal']}, screening exponent {facts['exponent']:.3g}{fitted}, "
-            f"plain steps {facts['plain']:.0%}",
+            *_wrap(
+                f"      proposal {facts['proposal']}, screening exponent {facts['exponent']:.3g}, "
+                f"plain steps {facts['plain']:.0%}{fitted}"
+            ),
             f"stage 1: {_share(stages.passed, stages.screened)} passed, {_count(stages.saved, 'completion')} saved;",
             f"      stage 2: {_share(stages.accepted, stages.passed)} accepted; "
             f"gated {_share(stages.gated, stages.screened + stages.gated)}, plain {stages.plain:,}",

@@ -24,7 +24,8 @@ from powermc.types import Target
 KERNELS = ("metropolis", "early-exit", "auto")
 """Plain Metropolis-Hastings; early-exit power sampling; whichever a pilot run finds cheaper."""
 
-_SCREENING = ("exit", "layer", "proposal", "screen", "plain", "eta", "delta", "aggregate")
+_NUMBERS = ("screen", "exit_temperature", "eta", "delta", "gated")
+_SCREENING = ("exit", "layer", "proposal", "plain", "aggregate", *_NUMBERS)
 
 Decode = Callable[[Tokens], str]
 
@@ -53,9 +54,11 @@ class Settings:
     layer: int | None = None
     proposal: str = "exit"
     screen: float | None = None
+    exit_temperature: float | None = None
     plain: float = 0.1
     eta: float | None = None
     delta: float | None = None
+    gated: float | None = None
     aggregate: str = "max"
 
     def __post_init__(self) -> None:
@@ -83,7 +86,7 @@ class Settings:
             object.__setattr__(self, "kernel", "metropolis" if self.exit is None else "early-exit")
         if self.kernel not in KERNELS:
             raise ArgumentError(f"unknown kernel {self.kernel!r}; choose one of {', '.join(KERNELS)}")
-        for name in ("plain", *(n for n in ("screen", "eta", "delta") if getattr(self, n) is not None)):
+        for name in ("plain", *(n for n in _NUMBERS if getattr(self, n) is not None)):
             _check_number(name, getattr(self, name))
         if self.layer is not None:
             check_count("layer", self.layer, least=1)
@@ -95,15 +98,20 @@ class Settings:
         chosen = [n for n in given if n not in ("exit", "plain")]
         if self.kernel == "auto" and chosen:
             raise ArgumentError(f"kernel 'auto' chooses {chosen[0]} itself; use kernel='early-exit' to set it")
+        if self.gated is not None and not 0 < self.gated < 1:
+            raise ArgumentError(f"gated is a share of proposed tails, above 0 and below 1, got {self.gated}")
+        if self.gated is not None and self.eta is not None:
+            raise ArgumentError("gated fits eta, so that only one of the two can be given")
         self.screening(cast(Autoregressive, _AnyVocabulary()), 1.0)
         if isinstance(self.exit, str | os.PathLike) and not os.path.isfile(self.exit):
             raise ArgumentError(f"there is no file {self.exit}; make a lens with: powermc calibrate --out {self.exit}")
 
     def screening(self, surrogate: Autoregressive, exponent: float) -> Screening:
-        """The surrogate's part; `exponent` is that of `screen`, its default filled in."""
+        """The surrogate's part; `exponent` where `screen` gives none."""
         return Screening(
             surrogate,
             exponent if self.screen is None else self.screen,
+            temperature=self.exit_temperature,
             proposal=self.proposal,
             plain=self.plain,
             eta=self.eta,

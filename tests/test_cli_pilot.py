@@ -99,6 +99,16 @@ def test_without_quiet_every_choice_is_announced(cli, folder):
     assert running == ["plain MH", "exit 2, exit", "exit 2, full"]
 
 
+def test_temperatures_of_the_exit(cli, folder):
+    code, screen, _ = cli("pilot", *given(folder), "--proposals", "exit", "--exit-temperatures", "0.5,1", "--json")
+    assert code == 0
+    names = [row["name"] for row in json.loads(screen)["choices"]]
+    assert [name.partition(" at ")[2] for name in names[:3]] == ["", "T 0.5", "T 1"]
+    code, _, notes = cli("pilot", *given(folder), "--exit-temperatures", "warm")
+    assert code == 2
+    assert "--exit-temperatures must be numbers with commas between, such as 0.25,0.5; got 'warm'" in notes
+
+
 def test_without_a_lens_the_cached_one_and_without_data_the_shipped_prompts(cli, folder, monkeypatch):
     asked = []
 

@@ -14,9 +14,10 @@ import powermc.evaluation.pilot
 from powermc import ArgumentError, NonFiniteLogits, Prompt, power_sample
 from powermc.early_exit import DRIFTED, Prepared
 from powermc.evaluation.pilot import Choice, Pilot
+from powermc.sequences import Length, Screening
 from powermc.stages import count_stages
 from powermc.toy import TabularModel
-from powermc.tuning import fit_exponent, grown, pairs
+from powermc.tuning import fit_eta, fit_exponent, grown, pairs
 from tests.fake_lm import EOS, PIECES, FakeLM, score
 
 SMALL = {"max_new_tokens": 12, "block_size": 4, "steps": 6, "chains": 3, "alpha": 2.0}
@@ -54,8 +55,10 @@ def test_log_p_is_that_of_the_model_not_of_the_surrogate(run):
         assert run.infos[p]["log_density"] == pytest.approx(1.2 * run.infos[p]["log_p"], abs=1e-11)
 
 
-def test_kept_paths_hold_one_models_scores(run):
-    assert {len(path.others) for chain in run.chains[0] for path in (chain.path, *chain.draws)} == {0}
+def test_kept_paths_hold_scores_but_no_activations(run):
+    kept = [path for chain in run.chains[0] for path in (chain.path, *chain.draws)]
+    assert {view.cache for path in kept for view in (path, *path.others)} == {None}
+    assert max(len(path.others) for path in kept) == 1
 
 
 def test_the_stages_are_a_recount_of_the_infos(run):
@@ -100,7 +103,7 @@ def test_the_facts(run):
     facts = {k: v for k, v in run.early_exit.items() if k != "surrogate_cost"}
     assert facts == {
         "kernel": "early-exit",
-        "exponent_fitted": False,
+        "fitted": [],
         "surrogate": "fake",
         "layer": None,
         "proposal": "exit",
@@ -343,18 +346,52 @@ def test_the_exponent_is_fitted_on_proposals_and_recorded(proposal):
     space = model.space(12)
     starts = grown(model, space, found.prompts[:8], temperature=0.5, chains=1, seed=7)
     own = found.early_exit
-    from powermc.sequences import Length, Screening
-
     moves = Screening(small, 1.0, proposal=proposal).proposals(model, space, Length(), 0.5)[proposal]
     fitted = fit_exponent(pairs(model, small, moves, starts, each=4, seed=7), 2.0)
-    assert own["exponent_fitted"] is True
+    assert own["fitted"] == ["exponent"]
     assert own["exponent"] == fitted
     assert 0 < fitted <= 2
-    assert "(fitted)" in found.summary()
+    assert "(fitted: exponent)" in found.summary()
     given = power_sample(FakeLM(), prompts, **SMALL, exit=surrogate(), proposal=proposal, seed=7, screen=fitted)
-    assert given.early_exit["exponent_fitted"] is False
+    assert given.early_exit["fitted"] == []
     assert tokens(given) == tokens(found)
-    assert "(fitted)" not in given.summary()
+    assert "fitted" not in given.summary()
+    assert found.early_exit["warmup_cost"]["tokens_by_depth"]["0-2"] > 0
+    assert given.early_exit["warmup_cost"]["tokens_by_depth"] == {}
+
+
+def test_a_gated_share_fits_eta_before_the_first_step():
+    prompts = [f"question {i}" for i in range(10)]
+    found = power_sample(FakeLM(), prompts, **SMALL, exit=surrogate(), gated=0.4, exit_temperature=0.8, seed=7)
+    model, small = FakeLM(), surrogate()
+    space = model.space(12)
+    starts = grown(model, space, found.prompts[:8], temperature=0.5, chains=1, seed=7)
+    moves = Screening(small, 1.0, temperature=0.8).proposals(model, space, Length(), 0.5)["exit"]
+    own = found.early_exit
+    assert own["fitted"] == ["eta"]
+    assert own["temperature"] == 0.8
+    assert own["eta"] == fit_eta(pairs(model, small, moves, starts, each=4, seed=7), 0.4)
+    assert "(fitted: eta)" in found.summary()
+    assert found.stages is not None
+    assert 0.3 < found.stages.gated_share < 0.9  # either tail of a pair may be the uncertain one
+    given = {**SMALL, "exit": surrogate(), "eta": own["eta"], "exit_temperature": 0.8, "seed": 7}
+    assert tokens(power_sample(FakeLM(), prompts, **given)) == tokens(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gated": 0.0}, "gated is a share of proposed tails, above 0 and below 1, got 0.0"),
+        ({"gated": 1.0}, "gated is a share of proposed tails, above 0 and below 1, got 1.0"),
+        ({"gated": 0.1, "eta": 1.0}, "gated fits eta, so that only one of the two can be given"),
+        ({"exit_temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
+        ({"kernel": "metropolis", "exit": None, "gated": 0.1}, "gated has no effect with kernel 'metropolis'"),
+        ({"kernel": "auto", "exit_temperature": 0.5}, "kernel 'auto' chooses exit_temperature itself"),
+    ],
+)
+def test_warm_up_settings_are_checked(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        power_sample(FakeLM(), "a", **{**SMALL, "exit": surrogate(), **options})
 
 
 # Streams and faults.
@@ -520,8 +557,8 @@ def test_auto_takes_what_the_pilot_recommends(monkeypatch):
     assert asked["prompts"] == list(found.prompts[:4])
     assert (asked["alpha"], asked["max_new_tokens"], asked["plain"], asked["seed"]) == (2.0, 12, 0.3, 5)
     own = found.early_exit
-    assert (own["kernel"], own["proposal"], own["exponent"], own["exponent_fitted"]) == (
-        *("early-exit", "substitution", 1.3, True),
+    assert (own["kernel"], own["proposal"], own["exponent"], own["fitted"]) == (
+        *("early-exit", "substitution", 1.3, ["exponent"]),
     )
     assert own["plain"] == 0.3
     assert own["verdict"] == Pilot(rows, {}).verdict()

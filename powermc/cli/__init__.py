@@ -113,12 +113,18 @@ def sample(
     screen: Annotated[
         float | None, typer.Option(help="Exponent of the exit in the first stage; default: alpha, or fitted.")
     ] = None,
+    exit_temperature: Annotated[
+        float | None, typer.Option(help="Of what the exit draws; default: that of the proposals.")
+    ] = None,
     plain: Annotated[float | None, typer.Option(help="Share of plain full-depth steps mixed in; default 0.1.")] = None,
     eta: Annotated[
         float | None, typer.Option(help="Gate: tails with an entropy over this (nats) skip the screen.")
     ] = None,
     delta: Annotated[
         float | None, typer.Option(help="Gate: tails with a top-two margin under this skip the screen.")
+    ] = None,
+    gated: Annotated[
+        float | None, typer.Option(help="Gate: fit --eta so that about this share of tails skips the screen.")
     ] = None,
     aggregate: Annotated[
         str | None, typer.Option(metavar="max|mean", help="Gate on a tail's worst token (default) or its mean.")
@@ -151,9 +157,11 @@ def sample(
         "layer": layer,
         "proposal": proposal,
         "screen": screen,
+        "exit_temperature": exit_temperature,
         "plain": plain,
         "eta": eta,
         "delta": delta,
+        "gated": gated,
         "aggregate": aggregate,
     }
     options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows}
@@ -236,6 +244,9 @@ def pilot(
     steps: Annotated[int, typer.Option(help="Steps of each chain, at least 4.")] = 8,
     chains: Annotated[int, typer.Option(help="Chains per prompt.")] = 2,
     plain: Annotated[float, typer.Option(help="Share of plain full-depth steps mixed in.")] = 0.1,
+    exit_temperatures: Annotated[
+        str | None, typer.Option(help="Of what the exits draw, such as 0.25,0.5; default: that of the proposals.")
+    ] = None,
     eta: Annotated[float | None, typer.Option(help="Gate on the exit's entropy, nats.")] = None,
     delta: Annotated[float | None, typer.Option(help="Gate on the exit's top-two margin.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same chains.")] = 0,
@@ -259,6 +270,7 @@ def pilot(
         "chains": chains,
         "plain": plain,
         "proposals": tuple(proposals.split(",")),
+        "exit_temperatures": exit_temperatures,
         "eta": eta,
         "delta": delta,
         "seed": seed,

@@ -14,6 +14,7 @@ from powermc.cli.sample import check_writable, load, read_prompts
 from powermc.cli.show import console, say
 from powermc.errors import ArgumentError
 from powermc.files import write_whole
+from powermc.sequences.suffix import check_temperature
 
 
 def run(
@@ -33,7 +34,7 @@ def run(
     if limit < 1:
         raise ArgumentError(f"limit must be at least 1 prompt, got {limit}")
     prompts = [q.question for q in demo.questions()] if data is None else read_prompts(data)
-    wanted = layer_list(layers)
+    wanted, heats = layer_list(layers), temperatures(settings.pop("exit_temperatures"))
     if out is not None:
         check_writable(out)
     from powermc.evaluation.pilot import check, pilot
@@ -54,7 +55,15 @@ def run(
     for prompt in ready:
         model.check_fits(prompt, settings["max_new_tokens"])
     exits = [lens.exit(model, layer) for layer in wanted or lens.layers]
-    found = pilot(model, exits, ready, **settings, kl=lambda layer: reported.get(layer, math.nan), notify=notify)
+    found = pilot(
+        model,
+        exits,
+        ready,
+        **settings,
+        exit_temperatures=heats,
+        kl=lambda layer: reported.get(layer, math.nan),
+        notify=notify,
+    )
     text = json.dumps(found.to_dict(), allow_nan=False, default=str) + "\n"
     if out is not None:
         try:
@@ -75,3 +84,18 @@ def run(
     )
     say(screen, found.verdict(), "bold")
     return 0
+
+
+def temperatures(text: str | None) -> tuple[float | None, ...]:
+    """The temperatures of an option such as 0.25,0.5; none is (None,). Raises `ArgumentError` for anything else."""
+    if text is None:
+        return (None,)
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ArgumentError(
+            f"--exit-temperatures must be numbers with commas between, such as 0.25,0.5; got {text!r}"
+        ) from error
+    for value in values:
+        check_temperature(value)
+    return tuple(values)

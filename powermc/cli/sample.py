@@ -63,6 +63,7 @@ def run(
             demo.introduce(console(), model_name, settings)
         model = load(model_name, options, notes, quiet)
         warnings.filterwarnings("ignore", message="prompt .* stopped after", category=RuntimeWarning)
+        warnings.showwarning = _one_line
         result = power_sample(model, prompts, **given, progress=not quiet)
     written, second = out is None or _write(result, out), None
     if as_json:
@@ -84,6 +85,10 @@ def run(
     if result.interrupted or (second is not None and second.interrupted):
         return 130
     return 2 if result.errors else 0
+
+
+def _one_line(message: Warning | str, *where: object, **more: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _write(result: Run, out: Path) -> bool:

@@ -8,11 +8,12 @@ its own; effective sample sizes of so few draws are rough, and are shown for ord
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,11 +52,12 @@ CLEAR = 1.1
 class Choice:
     """One row of the pilot: a kernel, what it did, and what that cost.
 
-    surrogate, layer and proposal are None for plain Metropolis-Hastings, layer also for a model of its own. exponent:
-    of p~ in stage 1. correlation: of the log-ratios of both models over proposals. kl: KL(p || p~) per token (nats)
-    held out, from the lens. stages: None for plain. changed: accepted moves that changed the path. ess: effective
-    samples of log p, summed over prompts. flops, seconds: of all steps together, those of a surrogate that is a model
-    of its own included. tokens: of the full model by span of layers; heads: by depth.
+    surrogate, layer and proposal are None for plain Metropolis-Hastings, layer also for a model of its own.
+    temperature: of what the exit draws, None for that of the full model's proposals. exponent: of p~ in stage 1.
+    correlation: of the log-ratios of both models over proposals. kl: KL(p || p~) per token (nats) held out, from
+    the lens. stages: None for plain. changed: accepted moves that changed the path. ess: effective samples of log
+    p, summed over prompts. flops, seconds: of all steps together, those of a surrogate that is a model of its own
+    included. tokens: of the full model by span of layers; heads: by depth.
     """
 
     surrogate: str | None
@@ -73,12 +75,14 @@ class Choice:
     seconds: float
     tokens: dict[str, int]
     heads: dict[str, int]
+    temperature: float | None = None
 
     @property
     def name(self) -> str:
         if self.proposal is None:
             return "plain MH"
-        return f"{self.surrogate if self.layer is None else f'exit {self.layer}'}, {self.proposal}"
+        heat = "" if self.temperature is None else f" at T {self.temperature:g}"
+        return f"{self.surrogate if self.layer is None else f'exit {self.layer}'}, {self.proposal}{heat}"
 
     @property
     def merit(self) -> float:
@@ -159,6 +163,7 @@ def pilot(
     chains: int = 2,
     plain: float = 0.1,
     proposals: Sequence[str] = PROPOSALS,
+    exit_temperatures: Sequence[float | None] = (None,),
     eta: float | None = None,
     delta: float | None = None,
     kl: Callable[[int], float] = lambda layer: math.nan,
@@ -175,9 +180,10 @@ def pilot(
         As in `power_sample`.
     steps, chains
         Steps of each chain, at least 4; chains per prompt.
-    plain, proposals, eta, delta
-        See `powermc.sequences.Screening`. The exponent is alpha for tails the exit draws itself; for others it is
-        fitted on proposals from the starts, which are not counted.
+    plain, proposals, exit_temperatures, eta, delta
+        Every temperature is tried with every proposal that the exit draws. See `powermc.sequences.Screening`.
+        The exponent is alpha for tails the exit draws itself; for others it is fitted on proposals from the
+        starts, which are not counted.
     kl
         KL(p || p~) of a layer, for the table.
     notify
@@ -212,22 +218,23 @@ def pilot(
         return _measure(model, ledger, kernel, starts, chains, steps, seed, facts)
 
     notify("plain MH")
-    facts: dict[str, Any] = dict.fromkeys(("surrogate", "layer", "proposal"))
+    facts: dict[str, Any] = dict.fromkeys(("surrogate", "layer", "proposal", "temperature"))
     facts |= dict.fromkeys(("exponent", "correlation", "kl"), math.nan)
     choices = [measured(Metropolis(target, Suffix(model, space, Length(), heat)), None, **facts)]
-    for exit in exits:
-        layer = getattr(exit, "layer", None)
-        for proposal in proposals:
-            notify(f"{surrogate_name(exit) if layer is None else f'exit {layer}'}, {proposal}")
-            screening = Screening(exit, alpha, proposal=proposal, plain=plain, eta=eta, delta=delta)
-            moves: Any = screening.proposals(model, space, Length(), heat)[proposal]
+    for exit, proposal in itertools.product(exits, proposals):
+        for own in exit_temperatures if proposal != "full" else (None,):
+            layer, name = getattr(exit, "layer", None), surrogate_name(exit)
+            screening = Screening(exit, alpha, own, proposal, plain, eta, delta)
+            moves = screening.proposals(model, space, Length(), heat)[proposal]
             found = pairs(model, exit, moves, starts, each=2, seed=seed)
-            exponent = alpha if proposal == "exit" or not found else fit_exponent(found, alpha)
-            screening = Screening(exit, exponent, proposal=proposal, plain=plain, eta=eta, delta=delta)
-            facts = {"surrogate": surrogate_name(exit), "layer": layer, "proposal": proposal, "exponent": exponent}
-            facts["kl"] = math.nan if layer is None else kl(layer)
+            if proposal != "exit" and found:
+                screening = replace(screening, exponent=fit_exponent(found, alpha))
+            facts = {"surrogate": name, "layer": layer, "proposal": proposal, "temperature": own}
+            facts |= {"exponent": screening.exponent, "correlation": correlation(found)}
+            place = name if layer is None else f"exit {layer}"
+            notify(f"{place}, {proposal}" + ("" if own is None else f" at T {own:g}"))
             kernel = screening.kernel(model, space, Length(), heat, target)
-            choices.append(measured(kernel, exit, **facts, correlation=correlation(found)))
+            choices.append(measured(kernel, exit, kl=math.nan if layer is None else kl(layer), **facts))
     settings = {
         "model": model.name,
         "prompts": len(prompts),
@@ -237,6 +244,7 @@ def pilot(
         "steps": steps,
         "chains": chains,
         "plain": plain,
+        "exit_temperatures": list(exit_temperatures),
         "eta": eta,
         "delta": delta,
         "seed": seed,

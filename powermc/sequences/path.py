@@ -206,5 +206,5 @@ class Path:
         return replace(kept(self), others=tuple(map(kept, self.others)))
 
     def detached(self) -> Path:
-        """This path without the model's activations: what a result keeps."""
-        return replace(self, cache=None, others=())
+        """This path without any model's activations: what a result keeps."""
+        return replace(self, cache=None, others=tuple(replace(o, cache=None) for o in self.others))

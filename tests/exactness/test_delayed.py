@@ -299,7 +299,7 @@ def test_on_three_positions_with_the_state_carried_over(kind, peaked, surrogate)
     target, model = power(peaked, 2.0), surrogate.model
     who = peaked.model if kind.endswith("target") else model
     q = Suffix(who, peaked.space, Length(), 0.5) if kind.startswith("suffix") else Substitution(who, peaked.space, 1)
-    kernel = DelayedAcceptance([power(surrogate, 2.0), target], q, UncertainTail(model, eta=1.05, delta=0.12))
+    kernel = DelayedAcceptance([power(surrogate, 2.0), target], q, UncertainTail(model, 0.95, 0.4, "mean"))
     found = prove(kernel, peaked.paths, law=peaked.power(2.0), irreducible=kind == PROPOSALS[0])
     assert mass(found, gated) > 0.01
     assert mass(found, screened) > 0.01

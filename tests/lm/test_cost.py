@@ -22,6 +22,7 @@ from powermc.sequences import Length, Path, Prompt, SequenceProbability, Space, 
 from powermc.targets import Power
 from powermc.types import Choices, Fields, Move, State, Steps
 from tests.lm.families import ALL, tiny_model
+from tests.lm.test_oracle_laws import TOLERANCE
 
 COUNTED: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
 """On a CPU torch counts these only."""
@@ -34,8 +35,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 CLOSE = 0.02
 
-COLD = {"llama": 0.1, "mixtral": 0.1, "gpt2": 0.1}
-"""Temperatures at which drafts repeat themselves for a while."""
 
 COUNTED_SHORT = ("diffllama", "modernbert-decoder")
 """Values twice as wide, and a dense layer before the head: 11% and half of the head are missing."""
@@ -172,11 +171,11 @@ def test_nothing_below_the_exit_runs_twice(family: str, layer: int) -> None:
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 @pytest.mark.parametrize("layer", [1, 3])
 def test_a_completion_starts_where_the_draft_leaves_the_current_path(family: str, layer: int) -> None:
-    """Layers [exit, L) and the head from the first token on that differs, wherever the cut was; nothing for the whole
-    path over again. The scores are those of the path scored from nothing."""
+    """Layers [exit, L) and the head from the first token on that differs, not from the cut on. The scores are those of
+    the path scored from nothing."""
     lm = model_of(family)
     exit_ = EarlyExit(lm, ExitHead(layer))
-    n, cut, cold = 12, 3, COLD[family]
+    n, cut, cold = 12, 3, 0.3  # cold enough for drafts to repeat themselves for a while
     space = Space(frozenset(), n)
 
     def begun() -> Steps[Path]:
@@ -198,11 +197,11 @@ def test_a_completion_starts_where_the_draft_leaves_the_current_path(family: str
         if same not in partings:
             found, anew = y.view(lm), run(scored(lm, space.path(x.prompt, y.tokens)))
             assert found is not None
-            assert found.log_p == pytest.approx(anew.log_p, abs=1e-5)
-            assert found.entropy == pytest.approx(anew.entropy, abs=1e-5)
+            assert found.log_p == pytest.approx(anew.log_p, abs=TOLERANCE)
+            assert found.entropy == pytest.approx(anew.entropy, abs=TOLERANCE)
         partings.add(same)
-    assert {cut, n} < partings
-    assert len(partings) > 5
+    assert len(partings) > 4
+    assert max(partings) > cut + 4
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])

@@ -149,12 +149,12 @@ def test_the_same_call_draws_the_same_and_company_does_not_matter() -> None:
 @pytest.mark.filterwarnings("ignore:proposal 'full'")
 def test_the_fitted_exponent_is_recorded_and_reproducible(proposal: str) -> None:
     one, other = (power_sample(fresh(), PROMPTS, **SMALL, exit=lens(), proposal=proposal) for _ in range(2))
-    assert one.early_exit["exponent_fitted"] is True
+    assert one.early_exit["fitted"] == ["exponent"]
     assert 0.015 <= one.early_exit["exponent"] <= 1.5
     assert one.early_exit["exponent"] == pytest.approx(other.early_exit["exponent"], abs=1e-12)
     assert tokens(one) == tokens(other)
     given = power_sample(fresh(), PROMPTS, **SMALL, exit=lens(), proposal=proposal, screen=one.early_exit["exponent"])
-    assert given.early_exit["exponent_fitted"] is False
+    assert given.early_exit["fitted"] == []
     assert tokens(given) == tokens(one)
 
 

@@ -379,3 +379,14 @@ def test_what_fits() -> None:
     with pytest.raises(ArgumentError, match=r"eta 3.0 can never be exceeded.*= 2.197 nats"):
         run(model, [priced(seed=3)], eta=3.0)
     assert model.ledger.flops == 0
+
+
+def test_every_temperature_of_an_exit_is_a_choice_of_its_own() -> None:
+    found = run(priced(), [priced(seed=3)], proposals=("exit", "full"), exit_temperatures=(0.5, 2.0))
+    assert [c.name for c in found.choices] == ["plain MH", "fake, exit at T 0.5", "fake, exit at T 2", "fake, full"]
+    assert [c.temperature for c in found.choices] == [None, 0.5, 2.0, None]
+    assert found.settings["exit_temperatures"] == [0.5, 2.0]
+    cold, hot = found.choices[1:3]
+    alone = run(priced(), [priced(seed=3)], proposals=("exit",), exit_temperatures=(2.0,))
+    assert (hot.changed, hot.stages) == (alone.choices[1].changed, alone.choices[1].stages)
+    assert (cold.stages, cold.tokens) != (hot.stages, hot.tokens)
