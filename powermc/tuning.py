@@ -116,13 +116,21 @@ def fit_exponent(found: Sequence[Pair], alpha: float) -> float:
 
 
 def fit_eta(found: Sequence[Pair], gated: float) -> float:
-    """The entropy threshold, nats, at which about a share `gated` of proposed tails is over it.
+    """The entropy threshold, nats, that comes closest to a share `gated` of proposed tails over it.
 
-    A pair is gated if either tail is uncertain, so more pairs are. Raises `ArgumentError` unless 0 < gated < 1.
+    Between two entropies that were seen, so that no tail of the fit lies on it; if all were the same, that one, and
+    nothing is gated. A pair is gated if either tail is uncertain, so more pairs are. Raises `ArgumentError` unless
+    0 < gated < 1 and there are proposals.
     """
     if not 0 < gated < 1 or not found:
         raise ArgumentError(f"the gated share must lie between 0 and 1 and there must be proposals, got {gated}")
-    return float(np.quantile([p.entropy for p in found], 1 - gated))
+    entropies = np.array([p.entropy for p in found])
+    levels = np.unique(entropies)
+    if len(levels) == 1:
+        return float(levels[0])
+    over = np.array([(entropies > level).mean() for level in levels[:-1]])
+    nearest = int(np.abs(over - gated).argmin())
+    return float(levels[nearest : nearest + 2].mean())
 
 
 def correlation(found: Sequence[Pair]) -> float:

@@ -137,7 +137,7 @@ def test_options_reach_the_run(cli, loader):
     expected = {"alpha": 3.0, "temperature": 0.7, "max_new_tokens": 10, "block_size": 5, "steps": 2, "chains": 5}
     expected |= {"scope": "block", "cut": "horizon", "seed": 9, "stop": ["7", "one"], "reward": None, "chat": False}
     expected |= {"kernel": "metropolis", "exit": None, "layer": None, "proposal": "exit", "screen": None, "plain": 0.1}
-    expected |= {"eta": None, "delta": None, "aggregate": "max"}
+    expected |= {"exit_temperature": None, "gated": None, "eta": None, "delta": None, "aggregate": "max"}
     assert run["settings"] == expected
     assert loader.calls == [("m", {"gguf_file": "g", "dtype": "float64", "device": "meta", "max_rows": 3})]
 

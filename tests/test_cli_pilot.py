@@ -84,6 +84,7 @@ def test_json_is_all_that_is_on_standard_output(cli, folder, tmp_path):
         "steps": 4,
         "chains": 2,
         "plain": 0.2,
+        "exit_temperatures": [None],
         "eta": 2.5,
         "delta": 0.01,
         "seed": 4,

@@ -217,9 +217,13 @@ def test_kept_paths_hold_no_cache():
     assert without_cache(3) == 3
     seen = []
 
+    class Activations:
+        def upto(self, length):
+            return self
+
     class Row(TabularRow):
         def cache(self):
-            return "activations"
+            return Activations()
 
     class Caching(FakeLM):
         def branch(self, path, cut):
@@ -235,7 +239,7 @@ def test_kept_paths_hold_no_cache():
         callbacks=[lambda c, s, state, i: seen.append(state.value.cache)],
     )
     assert all(path.cache is None for path in samples.values[0])
-    assert "activations" in seen  # the chain itself keeps them
+    assert any(isinstance(cache, Activations) for cache in seen)  # the chain itself keeps them
 
 
 @pytest.mark.parametrize(

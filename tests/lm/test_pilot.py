@@ -96,6 +96,7 @@ def test_every_exit_with_every_proposal_after_plain() -> None:
         **SMALL,
         "temperature": 1 / 1.5,
         "plain": 0.1,
+        "exit_temperatures": [None],
         "eta": 2.0,
         "delta": None,
         "seed": 0,
