@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from powermc.cli import jsonl
 from powermc.cli.sample import check_writable, load
 from powermc.cli.show import console, say
 from powermc.errors import ArgumentError, ModelError
@@ -145,27 +145,13 @@ def read_texts(path: Path) -> list[str]:
     A line is a string, or an object with "text", or "question" and "answer" (joined by a newline; the answer may be
     missing), or "prompt" and "completion" (joined as they are; the completion may be missing).
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ArgumentError(f"cannot read {path}: {error.strerror}") from error
-    lines = raw.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
-    if lines == [b""]:
-        raise ArgumentError(f"{path} is empty; it needs one JSON line per text")
-    return [_text(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [_text(value, where) for where, value in jsonl.read(path, "text")]
 
 
 _FORMS = (("text", "", ""), ("question", "\n", "answer"), ("prompt", "", "completion"))
 
 
-def _text(line: bytes, where: str) -> str:
-    if not line.strip():
-        raise ArgumentError(f"{where}: the line is empty; remove it, or write a JSON string or object")
-    try:
-        value = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8"
-        raise ArgumentError(f"{where}: not JSON: {reason}") from error
+def _text(value: Any, where: str) -> str:
     parts: Sequence[Any] = [value]
     joint = ""
     if isinstance(value, dict):

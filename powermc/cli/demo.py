@@ -20,7 +20,7 @@ from powermc.settings import Settings
 if TYPE_CHECKING:
     from powermc.lm import CausalLM
 
-SETTINGS: dict[str, Any] = {"max_new_tokens": 96, "steps": 4}
+SETTINGS: dict[str, Any] = {"max_new_tokens": 96, "steps": 3}
 """Smaller than the defaults: about a minute on two cores with SmolLM2-135M, for the plain run."""
 
 

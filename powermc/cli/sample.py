@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from powermc.cli import demo
+from powermc.cli import demo, jsonl
 from powermc.cli.show import console, say, texts
 from powermc.errors import ArgumentError
 from powermc.power import LanguageModel, power_sample
@@ -125,24 +125,10 @@ def show(result: Run) -> None:
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a JSONL file. Raises `ArgumentError` that names the file and the line."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ArgumentError(f"cannot read {path}: {error.strerror}") from error
-    lines = raw.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
-    if lines == [b""]:
-        raise ArgumentError(f"{path} is empty; it needs one JSON line per prompt")
-    return [_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [_prompt(value, where) for where, value in jsonl.read(path, "prompt")]
 
 
-def _prompt(line: bytes, where: str) -> str:
-    if not line.strip():
-        raise ArgumentError(f"{where}: the line is empty; remove it, or write a JSON string or object")
-    try:
-        value = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8"
-        raise ArgumentError(f"{where}: not JSON: {reason}") from error
+def _prompt(value: Any, where: str) -> str:
     if isinstance(value, dict):
         key = next((key for key in ("prompt", "question") if key in value), None)
         if key is None:
