@@ -30,8 +30,8 @@ lint: $(VENV)/.installed-lint ## ruff (rules and format) and pyright
 	@failed=0; for check in "ruff check ." "ruff format --check ." pyright; do \
 	  echo "$$check"; $(BIN)/$$check || failed=1; done; exit $$failed
 
-bench: $(VENV)/.installed-demo ## seconds and tokens per transition on the demo model
-	$(BIN)/python -m powermc.evaluation.transition_cost
+bench: $(VENV)/.installed-demo ## what a transition costs here, beside the published algorithm
+	$(BIN)/powermc bench
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	$(BIN)/zensical build --clean --strict

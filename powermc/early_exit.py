@@ -171,6 +171,7 @@ def _chosen(model: Any, settings: Settings, prompts: Sequence[Prompt], lens: Any
         plain=settings.plain,
         proposals=("exit", "substitution") if settings.plain else ("exit",),
         kl=_held_out(lens),
+        early_rejection=settings.early_rejection,
         seed=settings.seed,
     )
     facts = {"pilot": found.to_dict(), "verdict": found.verdict()}

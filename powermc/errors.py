@@ -15,6 +15,10 @@ class ModelError(PowermcError):
     """A model that cannot be found, read, or driven row by row."""
 
 
+class NotSlotAddressable(ModelError):
+    """A causal language model whose cache has no slot per row and position; it is sampled without a cache."""
+
+
 class ChainError(PowermcError):
     """One chain cannot go on. The others do: the scheduler reports it and drops that chain only."""
 

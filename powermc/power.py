@@ -34,8 +34,9 @@ ACTIVE = 64
 class LanguageModel(Autoregressive, Protocol):
     """What `power_sample` needs of a model; `powermc.CausalLM` is one.
 
-    It may also have `max_rows` (chains under way at once), `reserve(rows, length)` (allocate before the run) and
-    `ignored_warpers` (what the checkpoint asks for and p leaves out).
+    It may also have `max_rows` (chains under way at once), `fit(prompts, horizon, chains=..., draws=...)` (bound
+    `max_rows` by memory; see `CausalLM`), `reserve(rows, length)` (allocate before the run) and `ignored_warpers` (what
+    the checkpoint asks for and p leaves out).
     """
 
     @property
@@ -82,6 +83,8 @@ def power_sample(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     reward: Callable[[str], float] | None = None,
+    reward_at_most: float | None = None,
+    early_rejection: bool = True,
     chat: bool | None = None,
     kernel: str | None = None,
     exit: Any = None,
@@ -136,6 +139,13 @@ def power_sample(
         Adds reward(text) nats to the log density, text being the whole answer decoded without special tokens: a
         function of the text alone. It also sees the unfinished texts of earlier blocks. A chain whose path has reward
         -inf when a block begins ends with `ZeroProbability`; prefer a finite penalty.
+    reward_at_most
+        A bound of `reward`, nats: declare it, and drafts can be rejected early in spite of the reward. Checked at every
+        evaluation (`ArgumentError`).
+    early_rejection
+        Whether a draft is abandoned as soon as it is sure to be rejected. The draws are the same either way, for fewer
+        tokens. Off by itself where nothing bounds the ratio: alpha below 1, a temperature of the proposals under
+        1/alpha or over 1, a reward without a bound, and screened steps under a gate.
     chat
         Whether to apply the chat template; None: if the tokenizer has one.
     kernel
@@ -179,6 +189,8 @@ def power_sample(
         seed=seed,
         stop=stop,
         reward=reward,
+        reward_at_most=reward_at_most,
+        early_rejection=early_rejection,
         chat=chat,
         kernel=kernel,
         exit=exit,
@@ -208,6 +220,7 @@ def power_sample(
     for prompt in ready:
         model.check_fits(prompt, max_new_tokens)
     space = model.space(max_new_tokens, settings.stop)
+    _fit(model, ready, settings)  # for what runs before the chains
     prepared = prepare(model, settings, ready, space)
     plan = settings.schedule(model, space, model.decode, prepared.screening)
     return _Recorder(model, plan, ready, settings, prepared).run(callbacks, progress)
@@ -246,10 +259,14 @@ class _Recorder:
 
     def run(self, callbacks: Sequence[Callback], progress: bool) -> Run:
         model, plan = self.model, self.plan
-        active = getattr(model, "max_rows", ACTIVE)
+        fit = _fit(model, self.prompts, self.settings)
+        self.notes = () if fit is None or fit.note is None else (fit.note,)
+        self.rows = active = min(getattr(model, "max_rows", ACTIVE), len(self.taken))
         if (reserve := getattr(model, "reserve", None)) is not None:
             longest = max(len(prompt.ids) for prompt in self.prompts)
-            reserve(min(active, len(self.taken)), longest + plan.space.horizon)
+            reserve(active, longest + plan.space.horizon)
+        if (forget := getattr(model, "forget", None)) is not None:
+            forget()
         milestones, reached = work(plan), dict.fromkeys(self.taken, 0.0)
         before, begun = model.ledger.copy(), time.monotonic()
         programs = (
@@ -356,7 +373,7 @@ class _Recorder:
         infos = tuple(records.arrays for records in self.records)
         return Run(
             model=self.model.name,
-            settings={**self.settings.as_dict(), "temperature": self.plan.q_temperature},
+            settings={**self.settings.as_dict(), "temperature": self.plan.q_temperature, "rows": self.rows},
             prompts=tuple(self.prompts),
             chains=tuple(tuple(chain((p, c)) for c in range(self.chains)) for p in range(len(self.prompts))),
             infos=infos,
@@ -366,7 +383,14 @@ class _Recorder:
             resolution=self.model.resolution,
             ignored_warpers=dict(getattr(self.model, "ignored_warpers", {})),
             interrupted=self.interrupted,
+            notes=self.notes,
         )
+
+
+def _fit(model: LanguageModel, prompts: Sequence[Prompt], settings: Settings) -> Any:
+    """Bound the model's rows by memory, where it can be asked to; None where it cannot."""
+    fit = getattr(model, "fit", None)
+    return fit and fit(prompts, settings.max_new_tokens, chains=settings.chains, draws=settings.steps)
 
 
 def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -73,7 +73,7 @@ class Run:
     model
         The name of the model.
     settings
-        Every argument of the run, defaults filled in.
+        Every argument of the run, defaults filled in; and `rows`, how many chains were under way at once.
     prompts
         The prompts, with the keys of their random streams.
     chains
@@ -95,6 +95,8 @@ class Run:
         What the checkpoint's generation config asks for that p leaves out.
     interrupted
         Whether Ctrl-C ended the run.
+    notes
+        What else the user should know, such as rows bounded by memory.
     """
 
     model: str
@@ -108,6 +110,7 @@ class Run:
     resolution: float
     ignored_warpers: Mapping[str, Any]
     interrupted: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[list[str | None]]:
@@ -201,7 +204,8 @@ class Run:
             steps = sum(chain.steps for chains in self.chains for chain in chains)
             lines.append(f"interrupted after {steps:,} of {rows * self._steps_per_chain():,} steps")
         lines += [f"prompt {p}, chain {c} stopped: {error}" for (p, c), error in self.errors.items()]
-        return "\n".join([*lines, *self._stage_lines(), *self._cost_lines()])
+        notes = [line for note in self.notes for line in _wrap(f"note: {note}")]
+        return "\n".join([*lines, *self._stage_lines(), *self._cost_lines(), *notes])
 
     def _steps_per_chain(self) -> int:
         return -(-self.settings["max_new_tokens"] // self.settings["block_size"]) * self.settings["steps"]
@@ -328,6 +332,7 @@ class Run:
             "cost": self.cost.as_dict(),
             "near_ties": self.near_ties,
             "early_exit": jsonable(self.early_exit),
+            "notes": list(self.notes),
             "prompts": [
                 {
                     "text": prompt.text,

@@ -48,6 +48,8 @@ class Settings:
     seed: int = 0
     stop: str | Sequence[str] = ()
     reward: Callable[[str], float] | None = None
+    reward_at_most: float | None = None
+    early_rejection: bool = True
     chat: bool | None = None
     kernel: str | None = None
     exit: Any = None
@@ -76,6 +78,14 @@ class Settings:
                 raise ArgumentError(f"stop strings must be strings of at least one character, got {text!r}")
         if self.reward is not None and not callable(self.reward):
             raise ArgumentError(f"reward must be a function of the generated text, got {self.reward!r}")
+        if self.reward_at_most is not None:
+            _check_number("reward_at_most", self.reward_at_most)
+            if self.reward is None:
+                raise ArgumentError("reward_at_most bounds a reward, and there is none; give one, or omit it")
+            if not math.isfinite(self.reward_at_most):
+                raise ArgumentError(f"reward_at_most must be finite, got {self.reward_at_most}; omit it if unknown")
+        if not isinstance(self.early_rejection, bool):
+            raise ArgumentError(f"early_rejection must be True or False, got {self.early_rejection!r}")
         Stream(self.seed)
         self._check_screening()
         # The rest is checked by the schedule itself, which asks nothing of the model until it runs.
@@ -127,7 +137,7 @@ class Settings:
         if reward is not None:
 
             def tilted(power: Target[Path]) -> Target[Path]:
-                return Tilted(power, lambda path: reward(decode(path.tokens)))
+                return Tilted(power, lambda path: reward(decode(path.tokens)), self.reward_at_most)
 
             tilt = tilted
         return BlockwisePower(
@@ -141,6 +151,7 @@ class Settings:
             cut=self.cut,
             tilt=tilt,
             screening=screening,
+            early_rejection=self.early_rejection,
         )
 
     def check_prompts(self, prompts: Sequence[Any]) -> None:

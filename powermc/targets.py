@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
+from powermc.bounds import Bound, bound_of, weighted
 from powermc.errors import ArgumentError
 from powermc.types import Request, Target, X
 
@@ -40,6 +41,9 @@ class Table(Generic[X]):
     def missing(self, value: X) -> Request | None:
         return None
 
+    def bound(self, model: Any) -> Bound:
+        return Bound(0.0, max(self.log_weights.values(), default=-math.inf))
+
 
 @dataclass(frozen=True)
 class Power(Generic[X]):
@@ -59,6 +63,9 @@ class Power(Generic[X]):
 
     def missing(self, value: X) -> Request | None:
         return self.base.missing(value)
+
+    def bound(self, model: Any) -> Bound | None:
+        return weighted((self.alpha, bound_of(self.base, model)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,9 @@ class Product(Generic[X]):
 
     def missing(self, value: X) -> Request | None:
         return next((request for f in self.factors if (request := f.missing(value)) is not None), None)
+
+    def bound(self, model: Any) -> Bound | None:
+        return weighted(*((1, bound_of(factor, model)) for factor in self.factors))
 
 
 @dataclass(frozen=True)
@@ -110,17 +120,21 @@ class Tempered(Generic[X]):
         request = self.reference.missing(value)
         return self.target.missing(value) if request is None else request
 
+    def bound(self, model: Any) -> Bound | None:
+        return weighted((1 - self.beta, bound_of(self.reference, model)), (self.beta, bound_of(self.target, model)))
+
 
 @dataclass(frozen=True)
 class Tilted(Generic[X]):
     """log pi = log base + reward(x): a reward-tilted or, with a reward of 0 or -inf, a constrained target.
 
-    `reward` is a pure function of the value, in nats. It is called only on values that the base supports.
-    Raises `ArgumentError` when it returns NaN or +inf.
+    `reward` is a pure function of the value, in nats. It is called only on values that the base supports. `at_most`, a
+    bound of it, lets drafts be rejected early. Raises `ArgumentError` when it returns NaN, +inf or more than `at_most`.
     """
 
     base: Target[X]
     reward: Callable[[X], float]
+    at_most: float | None = None
 
     def log_density(self, value: X) -> float:
         base = self.base.log_density(value)
@@ -129,10 +143,15 @@ class Tilted(Generic[X]):
         reward = float(self.reward(value))
         if math.isnan(reward) or reward == math.inf:
             raise ArgumentError(f"reward must be a number or -inf, got {reward} for {_short(value)}")
+        if self.at_most is not None and reward > self.at_most:
+            raise ArgumentError(f"reward {reward} is over at_most = {self.at_most}, its bound; raise or omit that")
         return base + reward
 
     def missing(self, value: X) -> Request | None:
         return self.base.missing(value)
+
+    def bound(self, model: Any) -> Bound | None:
+        return weighted((1, bound_of(self.base, model)), (1, None if self.at_most is None else Bound(0, self.at_most)))
 
 
 def _short(value: Any) -> str:

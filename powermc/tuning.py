@@ -57,11 +57,12 @@ def grown(
         path, _, _ = yield from draft(model, space, path, 0, temperature, choices)
         return path
 
-    return _all(
+    programs = (
         program(prompt, Stream(seed, prompt=prompt.key, chain=c).step(0).at("grown"))
         for prompt in prompts
         for c in range(chains)
     )
+    return _all(model, programs)
 
 
 def pairs(
@@ -98,7 +99,7 @@ def pairs(
         program(start, lambda i, stream=stream: stream.step(i).at("pairs"))
         for start, stream in zip(starts, streams, strict=True)
     )
-    return [pair for chain in _all(programs) for pair in chain]
+    return [pair for chain in _all(model, programs) for pair in chain]
 
 
 def fit_exponent(found: Sequence[Pair], alpha: float) -> float:
@@ -141,10 +142,13 @@ def correlation(found: Sequence[Pair]) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def _all(programs: Any) -> list[Any]:
-    """What all programs return, in their order. The first `ChainError` is raised."""
+def _all(model: Any, programs: Any) -> list[Any]:
+    """What all programs return, in their order, as many under way as the model has rows.
+
+    The first `ChainError` is raised.
+    """
     results: dict[Any, Any] = {}
-    for outcome in drive(enumerate(programs)):
+    for outcome in drive(enumerate(programs), active=getattr(model, "max_rows", None)):
         if isinstance(outcome, Failed):
             raise outcome.error
         if isinstance(outcome, Finished):

@@ -85,7 +85,7 @@ class Move(Generic[X]):
     laws too). `origin` is the value moved from, possibly with more of it evaluated than before, so that the work is
     kept when the move is rejected. `null` marks a move that cannot be made from here: the chain stays, and counts it.
     `auxiliary` is what the forward and the reverse move share, such as the cut of a suffix proposal: stages and gates
-    may depend on it (design section 3).
+    may depend on it (design section 3). `bound` is None but of an abandoned draft: see `powermc.bounds`.
     """
 
     value: X
@@ -94,6 +94,7 @@ class Move(Generic[X]):
     null: bool = False
     info: Info = field(default_factory=dict)
     auxiliary: Any = None
+    bound: float | None = None
 
 
 class Level(Protocol):

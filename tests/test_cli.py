@@ -20,7 +20,7 @@ from powermc.cli import demo, main
 from powermc.cli.sample import read_prompts
 from powermc.cli.show import names, visible
 from powermc.errors import ArgumentError, ModelError
-from powermc.evaluation import last_number, transition_cost
+from powermc.evaluation import last_number
 from powermc.progress import Progress
 from powermc.settings import Settings
 from tests.fake_lm import FakeLM
@@ -131,15 +131,16 @@ def test_options_reach_the_run(cli, loader):
         ],
         *["--steps", "2", "--chains", "5", "--scope", "block", "--cut", "horizon", "--seed", "9", "--stop", "7"],
         *["--stop", "one", "--no-chat", "--model", "m", "--gguf-file", "g", "--dtype", "float64", "--device", "meta"],
-        *["--max-rows", "3"],
+        *["--max-rows", "3", "--memory", "4GB", "--no-early-rejection"],
     )
     run = json.loads(out)
     expected = {"alpha": 3.0, "temperature": 0.7, "max_new_tokens": 10, "block_size": 5, "steps": 2, "chains": 5}
     expected |= {"scope": "block", "cut": "horizon", "seed": 9, "stop": ["7", "one"], "reward": None, "chat": False}
     expected |= {"kernel": "metropolis", "exit": None, "layer": None, "proposal": "exit", "screen": None, "plain": 0.1}
     expected |= {"exit_temperature": None, "gated": None, "eta": None, "delta": None, "aggregate": "max"}
+    expected |= {"rows": 5, "early_rejection": False, "reward_at_most": None}
     assert run["settings"] == expected
-    assert loader.calls == [("m", {"gguf_file": "g", "dtype": "float64", "device": "meta", "max_rows": 3})]
+    assert loader.calls == [("m", {"gguf_file": "g", "dtype": "float64", "device": "meta", "max_rows": 3, "memory": "4GB"})]
 
 
 def test_the_help_states_the_defaults_of_the_api(cli):
@@ -518,40 +519,7 @@ def test_lines_where_there_is_no_terminal(monkeypatch):
     )
 
 
-# The benchmark and the example.
-
-
-def test_transition_cost(loader, capsys, tmp_path):
-    file = tmp_path / "cost.json"
-    loader.faults = {"delay": 0.001}
-    code = transition_cost.main(
-        ["--chains", "1", "3", "--steps", "2", "--max-new-tokens", "12", "--block-size", "4", "--json", str(file)]
-    )
-    out, err = capsys.readouterr()
-    assert code == 0
-    assert "measuring 3 chains" in err
-    rows = [line.split("|")[1:-1] for line in out.splitlines() if re.match(r"\| \d", line)]
-    assert [[int(cell) for cell in row[:2]] for row in rows] == [[1, 6], [3, 18]]
-    content = json.loads(file.read_text())
-    for cost, row in zip(content["costs"], rows, strict=True):
-        run = powermc.power_sample(
-            FakeLM(),
-            transition_cost.QUESTION,
-            **{**content["settings"], "chains": cost["chains"]},
-        )
-        info = run.infos[0]
-        assert cost["tokens"] == pytest.approx(info["tokens"].mean())
-        assert cost["by_block"] == pytest.approx([info["tokens"][info["block"] == b].mean() for b in range(3)])
-        assert float(row[4]) == pytest.approx(cost["tokens"], abs=0.05)
-        assert cost["seconds"] > 0
-
-
-def test_transition_cost_bad_input(loader, capsys):
-    assert transition_cost.main(["--model", "unknown"]) == 2
-    assert capsys.readouterr().err == "error: there is no model unknown\n"
-    with pytest.raises(SystemExit) as caught:
-        transition_cost.main(["--steps", "0"])
-    assert caught.value.code == 2
+# The example.
 
 
 def test_the_gsm8k_example(loader, capsys, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def test_import_powermc_is_light():
 
 
 def test_the_core_needs_numpy_and_the_standard_library_only():
-    core = ("types", "errors", "choices", "targets", "proposals", "scheduling", "kernels", "sequences")
+    core = ("types", "bounds", "errors", "choices", "targets", "proposals", "scheduling", "kernels", "sequences")
     before = top(modules_after("import numpy.random"))
     after = top(modules_after("\n".join(f"import powermc.{name}" for name in core)))
     assert after - before - set(sys.stdlib_module_names) == {"powermc"}
@@ -70,12 +70,13 @@ def home(name):
 MAY_IMPORT = {
     "errors": set(),
     "types": {"errors"},
+    "bounds": {"types"},
     "choices": {"errors"},
-    "targets": {"errors", "types"},
+    "targets": {"errors", "types", "bounds"},
     "proposals": {"errors", "types"},
     "scheduling": {"errors", "types"},
-    "kernels": {"errors", "types", "targets"},
-    "sequences": {"errors", "types", "targets", "proposals", "kernels"},
+    "kernels": {"errors", "types", "bounds", "targets"},
+    "sequences": {"errors", "types", "bounds", "targets", "proposals", "kernels"},
     "toy": {"errors", "types", "targets", "sequences"},
     "sampling": {"errors", "types", "choices", "scheduling", "sequences", "progress"},
     "testing": {
@@ -106,7 +107,7 @@ def test_the_language_model_layer_imports_nothing_above_it():
 def test_no_core_module_imports_a_third_party_package_but_numpy():
     """Function-level imports too, which sys.modules would not show."""
     allowed = {"powermc", "numpy", *sys.stdlib_module_names}
-    for part in ("types", "errors", "choices", "targets", "proposals", "scheduling", "kernels", "sequences"):
+    for part in ("types", "bounds", "errors", "choices", "targets", "proposals", "scheduling", "kernels", "sequences"):
         for source in sorted(PACKAGE.glob(f"{part}.py")) + sorted((PACKAGE / part).rglob("*.py")):
             for node in ast.walk(ast.parse(source.read_text())):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

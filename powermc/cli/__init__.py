@@ -27,6 +27,12 @@ Model = Annotated[str, typer.Option(help="A folder, a .gguf file, a hub id, or '
 GgufFile = Annotated[str | None, typer.Option(help="Name of a GGUF file in the model's folder or repository.")]
 Dtype = Annotated[str, typer.Option(metavar="float32|float64|bfloat16|float16", help="Of the model's weights.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda:0.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="4GB", help="What the process may hold: as many rows as fit; default: what the machine has available."
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -59,6 +65,7 @@ def sample(
     dtype: Dtype = "float32",
     device: Device = "cpu",
     max_rows: Annotated[int, typer.Option(help="Most rows decoded side by side; more chains take turns.")] = 64,
+    memory: Memory = None,
     alpha: Annotated[float | None, typer.Option(help="Power of the target p(x)^alpha; default 4.")] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Of the proposals, not of the target; default min(1, 1/alpha).")
@@ -129,6 +136,13 @@ def sample(
     aggregate: Annotated[
         str | None, typer.Option(metavar="max|mean", help="Gate on a tail's worst token (default) or its mean.")
     ] = None,
+    early_rejection: Annotated[
+        bool | None,
+        typer.Option(
+            "--early-rejection/--no-early-rejection",
+            help="Abandon drafts that are sure to be rejected: the same draws for fewer tokens; default: on.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the whole run to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the run as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")] = False,
@@ -163,8 +177,9 @@ def sample(
         "delta": delta,
         "gated": gated,
         "aggregate": aggregate,
+        "early_rejection": early_rejection,
     }
-    options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows}
+    options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows, "memory": memory}
     source = Source(question, file, demo)
     settings = {name: value for name, value in given.items() if value is not None}
     raise typer.Exit(_guard(lambda: run(source, model, options, settings, out=out, as_json=json, quiet=quiet)))
@@ -238,6 +253,7 @@ def pilot(
     dtype: Dtype = "float32",
     device: Device = "cpu",
     max_rows: Annotated[int, typer.Option(help="Most rows decoded side by side.")] = 64,
+    memory: Memory = None,
     alpha: Annotated[float, typer.Option(help="Power of the target p(x)^alpha.")] = 4.0,
     temperature: Annotated[float | None, typer.Option(help="Of the proposals; default min(1, 1/alpha).")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
@@ -261,7 +277,7 @@ def pilot(
     """
     from powermc.cli.pilot import run
 
-    options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows}
+    options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows, "memory": memory}
     settings = {
         "alpha": alpha,
         "temperature": temperature,
@@ -278,6 +294,61 @@ def pilot(
     raise typer.Exit(
         _guard(lambda: run(model, options, data, exit, layers, limit, settings, out=out, as_json=json, quiet=quiet))
     )
+
+
+@app.command()
+def bench(
+    model: Model = "smollm2",
+    data: Annotated[
+        Path | None, typer.Option(help="Prompts, JSONL as for 'sample --file'; default: those that ship with powermc.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Use the first so many prompts.")] = 1,
+    methods: Annotated[
+        str, typer.Option(help="Which to run, with commas between.")
+    ] = "published,published-batched,powermc",
+    chains: Annotated[str, typer.Option(metavar="1,4,16", help="Numbers of chains.")] = "1,4,16",
+    horizons: Annotated[str, typer.Option(metavar="64,128,256", help="Longest answers T, in tokens.")] = "64",
+    steps: Annotated[int, typer.Option(help="Kernel steps N after each block.")] = 2,
+    block_size: Annotated[int, typer.Option(help="Tokens B an answer grows by.")] = 32,
+    alpha: Annotated[float, typer.Option(help="Power of the target p(x)^alpha.")] = 4.0,
+    seed: Annotated[int, typer.Option(help="The same seed does the same work.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Do everything so often; the least time counts.")] = 2,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-eos", help="End tokens end nothing: all answers have T tokens, and all methods the same law."
+        ),
+    ] = False,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    max_rows: Annotated[int, typer.Option(help="Most rows decoded side by side.")] = 64,
+    memory: Memory = None,
+    out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
+) -> None:
+    """Measure what a chain-transition costs on this machine, beside the published algorithm.
+
+    Runs the published power sampler (Karan & Du 2025), the same batched over chains, and powermc on the same prompts,
+    in turns; then decode steps against what the machine's bandwidth and arithmetic allow, and how many proposed tokens
+    are never run. Prints Markdown tables.
+    """
+    from powermc.cli.bench import run
+
+    options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows, "memory": memory}
+    settings = {
+        "methods": methods,
+        "chains": chains,
+        "horizons": horizons,
+        "steps": steps,
+        "block_size": block_size,
+        "alpha": alpha,
+        "seed": seed,
+        "repeats": repeats,
+        "ignore_eos": ignore_eos,
+    }
+    raise typer.Exit(_guard(lambda: run(model, options, data, prompts, settings, out=out, as_json=json, quiet=quiet)))
 
 
 @app.command()

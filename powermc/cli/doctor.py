@@ -70,6 +70,8 @@ def run(model: str | None, options: dict[str, Any]) -> int:
 def splits(model: CausalLM) -> list[str]:
     """Whether and how a model's layers can be run in two parts: lines of text."""
     decoder = model.decoder
+    if decoder.lost is not None:
+        return [f"none: {decoder.lost}"]
     if decoder.layers < 2:
         return [f"none: the model has {decoder.layers} layer"]
     lines = [f"blocks  {decoder.layers} in {type(decoder.model).__name__}.{_path(decoder)}"]

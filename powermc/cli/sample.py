@@ -72,7 +72,7 @@ def run(
         stdout.flush()  # a closed pipe shows here, not when the interpreter ends
     elif source.demo:
         demo.conclude(console(), result)
-        if settings.kernel == "metropolis" and hasattr(model, "engine") and not (result.interrupted or result.errors):
+        if settings.kernel == "metropolis" and _has_exits(model) and not (result.interrupted or result.errors):
             second = demo.early_exit(console(), cast("CausalLM", model), result, given, quiet=quiet)
     else:
         show(result)
@@ -85,6 +85,10 @@ def run(
     if result.interrupted or (second is not None and second.interrupted):
         return 130
     return 2 if result.errors else 0
+
+
+def _has_exits(model: Any) -> bool:
+    return hasattr(model, "engine") and model.decoder.lost is None
 
 
 def _one_line(message: Warning | str, *where: object, **more: object) -> None:
@@ -106,7 +110,9 @@ def load(name: str, options: dict[str, Any], notes: Any, quiet: bool) -> Languag
     with waiting:
         from powermc.lm import CausalLM
 
-        model = CausalLM.from_pretrained(name, **options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line
+            model = CausalLM.from_pretrained(name, **options)
     ignored = ", ".join(f"{key}={value!r}" for key, value in model.ignored_warpers.items())
     if ignored and not quiet:
         say(notes, f"note: the checkpoint's generation config asks for {ignored}; p(x) is the raw model without them")

@@ -167,6 +167,7 @@ def pilot(
     eta: float | None = None,
     delta: float | None = None,
     kl: Callable[[int], float] = lambda layer: math.nan,
+    early_rejection: bool = True,
     seed: int = 0,
     notify: Callable[[str], None] = lambda name: None,
 ) -> Pilot:
@@ -176,7 +177,7 @@ def pilot(
     ----------
     model, exits, prompts
         The full model; exits of it, or other models with its tokenizer; and at least one prompt.
-    alpha, temperature, max_new_tokens, seed
+    alpha, temperature, max_new_tokens, early_rejection, seed
         As in `power_sample`.
     steps, chains
         Steps of each chain, at least 4; chains per prompt.
@@ -208,6 +209,8 @@ def pilot(
     )
     for exit in exits:
         Screening(exit, alpha, **gate)
+    if (fit := getattr(model, "fit", None)) is not None:
+        fit(prompts, max_new_tokens, chains=chains, draws=steps, held=True)
     heat = default_temperature(alpha) if temperature is None else temperature
     space = model.space(max_new_tokens)
     starts = grown(model, space, prompts, temperature=heat, chains=chains, seed=seed)
@@ -220,7 +223,8 @@ def pilot(
     notify("plain MH")
     facts: dict[str, Any] = dict.fromkeys(("surrogate", "layer", "proposal", "temperature"))
     facts |= dict.fromkeys(("exponent", "correlation", "kl"), math.nan)
-    choices = [measured(Metropolis(target, Suffix(model, space, Length(), heat)), None, **facts)]
+    baseline = Metropolis(target, Suffix(model, space, Length(), heat), early_rejection)
+    choices = [measured(baseline, None, **facts)]
     for exit, proposal in itertools.product(exits, proposals):
         for own in exit_temperatures if proposal != "full" else (None,):
             layer, name = getattr(exit, "layer", None), surrogate_name(exit)
@@ -233,7 +237,7 @@ def pilot(
             facts |= {"exponent": screening.exponent, "correlation": correlation(found)}
             place = name if layer is None else f"exit {layer}"
             notify(f"{place}, {proposal}" + ("" if own is None else f" at T {own:g}"))
-            kernel = screening.kernel(model, space, Length(), heat, target)
+            kernel = screening.kernel(model, space, Length(), heat, target, early_rejection=early_rejection)
             choices.append(measured(kernel, exit, kl=math.nan if layer is None else kl(layer), **facts))
     settings = {
         "model": model.name,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, runtime_checkable
 
+from powermc.bounds import Floor, abandoned, proposed
 from powermc.errors import ArgumentError
 from powermc.kernels.metropolis import ACCEPTANCE, stayed
 from powermc.types import Choices, Field, Fields, Info, Proposal, State, Steps, Target, X, X_in, evaluate, start
@@ -57,17 +59,19 @@ class DelayedAcceptance(Generic[X]):
     proposal, gate
         Its auxiliary, if stages or gate use it, must be a function of nothing but what both directions share.
 
-    A proposal equal to x is accepted as it is, no stage asked.
+    A proposal equal to x is accepted as it is, no stage asked. With `early_rejection` a draft that stage 1 will reject
+    may be abandoned, as in `Metropolis`; not under a gate, which decides only when both tails are known.
 
     Info: that of `Metropolis`, with `log_ratio` and `log_level` those of the stage that came closest to a tie; `gated`;
     `same` (the proposal was x itself); `stage` (how many stages were passed; -1: gated, same or null);
-    `stage1_accepted` (False for those); `log_surrogate` = log g_1(y) - log g_1(x) (NaN for those); `log_target` =
-    log pi(y) - log pi(x) (NaN where the target was not reached).
+    `stage1_accepted` (False for those); `log_surrogate` = log g_1(y) - log g_1(x) (NaN for those and abandoned drafts);
+    `log_target` = log pi(y) - log pi(x) (NaN where the target was not reached).
     """
 
     stages: Sequence[Target[X] | Conditional[X]]
     proposal: Proposal[X]
     gate: Gate[X] | None = None
+    early_rejection: bool = True
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -88,14 +92,19 @@ class DelayedAcceptance(Generic[X]):
         return start(self.target, value)
 
     def step(self, choices: Choices, state: State[X]) -> Steps[tuple[State[X], Info]]:
-        move = yield from self.proposal.propose(choices.at("proposal"), state.value)
+        floor, gated = None, False
+        if self.early_rejection and self.gate is None:
+            here = state.log_density if len(self.stages) == 1 else None
+            floor = Floor(partial(_at, self.stages[0]), choices.at("accept").level(), here)
+        move = yield from proposed(self.proposal, choices.at("proposal"), state.value, floor)
         x, y, auxiliary = move.origin, move.value, move.auxiliary
         if move.null:
             return State(x, state.log_density), stayed(move)
+        if floor is not None and move.bound is not None:
+            return State(x, state.log_density), {**abandoned(move, floor.level), **_FAILED}
         if y == x:  # every a_i is 1, so nothing needs to be evaluated to stay
             kept: Info = {"accepted": True, "changed": False, "null": False, "gated": False, "same": True}
             return State(x, state.log_density), {**kept, **move.info}
-        gated = False
         if self.gate is not None:
             x, gated = yield from self.gate.uncertain(x, auxiliary)
             if not gated:
@@ -107,11 +116,11 @@ class DelayedAcceptance(Generic[X]):
             if i == len(stages) - 1:
                 stage, here = self.target, state.log_density
             else:
-                stage = stage.given(auxiliary) if isinstance(stage, Conditional) else stage
+                stage = _at(stage, auxiliary)
                 x, here = yield from evaluate(stage, x)
             y, there = yield from evaluate(stage, y)
             change = there - here
-            log_ratio, level = change - before, choices.at("accept", i).level()
+            log_ratio, level = change - before, floor.level if floor and not i else choices.at("accept", i).level()
             if i == 0 or abs(level.log_u - log_ratio) < abs(info["log_level"] - info["log_ratio"]):
                 info |= {"log_ratio": log_ratio, "log_level": level.log_u}
             if i == 0 and not gated:
@@ -128,6 +137,11 @@ class DelayedAcceptance(Generic[X]):
         return (State(y, there) if accepted else State(x, state.log_density)), info
 
 
+def _at(stage: Target[X] | Conditional[X], auxiliary: Any) -> Target[X]:
+    return stage.given(auxiliary) if isinstance(stage, Conditional) else stage
+
+
+_FAILED = {"gated": False, "stage": 0, "stage1_accepted": False}
 _STAGES: Fields = {
     "gated": Field("bool", False),
     "same": Field("bool", False),

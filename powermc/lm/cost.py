@@ -4,8 +4,8 @@ A matrix product of an (m, k) with a (k, n) matrix counts 2 m k n; norms, activa
 below 1% of any model here, count nothing. Attention counts every slot that a pass attends to, masked or not, as it
 is computed. Checked against `torch.utils.flop_counter` in the tests, on more than fifty families.
 
-What it does not know: attention with values of another width than those cached (DiffLlama: 11% short), and layers
-between the final norm and the head (ModernBERT's decoder).
+What it does not know: attention with values of another width than those cached (DiffLlama: 11% short), layers between
+the final norm and the head (ModernBERT's decoder), and the scans of recurrent layers (a hybrid's count as attention).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def cost_of(blocks: nn.ModuleList, config: Any, key_dim: int, value_dim: int, he
     linear = tuple(sum(block.values()) - of for block, of in zip(weights, expanding, strict=True))
     if latent:
         key_dim, value_dim = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    attention = 2 * config.num_attention_heads * (key_dim + value_dim)
+    attention = 2 * getattr(config, "num_attention_heads", 0) * (key_dim + value_dim)
     return Cost(linear, attention, 2 * int(vocab) * int(width), int(width), max(expanding))  # type: ignore[arg-type]
 
 

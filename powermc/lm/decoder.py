@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from powermc.errors import ModelError
+from powermc.errors import ModelError, NotSlotAddressable
 from powermc.lm.depth import Gated, Span
 from powermc.lm.rows import Prefix, Rows, Slot, SlotCache
 
 _ATTENTION = ("sdpa", "eager")
 _MASKS = ("full_attention", "sliding_attention")
 _CHECK_TOKENS = 7
-_FOREIGN = (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError)
+FOREIGN = (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError)
 """What a model that is not driven as it expects raises."""
 
 
@@ -37,10 +37,14 @@ class Work(NamedTuple):
 class Decoder:
     """The body and head of a causal language model.
 
-    Raises `ModelError` for a model that cannot be driven row by row: flash attention (takes no mask of ours), layers
-    that are not attention over all past tokens or a sliding window (recurrent, chunked), position schemes that do not
-    follow the position ids (ALiBi), or anything else whose cached, batched logits differ from its plain forward.
+    Raises `NotSlotAddressable` for a model that cannot be driven row by row: layers that are not attention over all
+    past tokens or a sliding window (recurrent, chunked), position schemes that do not follow the position ids (ALiBi),
+    or anything else whose cached, batched logits differ from its plain forward. Raises `ModelError` for flash
+    attention (takes no mask of ours), and for what is no causal language model at all.
     """
+
+    lost: str | None = None
+    """What cannot be had of this model, and why; None: nothing."""
 
     def __init__(self, model: PreTrainedModel, most_rows: int) -> None:
         self.model = model.eval()
@@ -51,6 +55,14 @@ class Decoder:
         if self._plain_body is None or head is None:
             raise ModelError(f"{self.name} is not a causal language model with a separate decoder and head")
         self.layers: int = self.config.num_hidden_layers
+        self.dtype, self.device = model.dtype, model.device
+        self.vocab_size: int = head.weight.shape[0]  # type: ignore[assignment]
+        self.context = _context(self.config)
+        self._open(most_rows)
+        self.deviation = self._check()
+
+    def _open(self, most_rows: int) -> None:
+        """Gates before the blocks, a cache addressed by slots, and what masks they need."""
         self.body = Gated(self._plain_body, self.layers)
         self.blocks = self.body.blocks
         attention = self.config._attn_implementation
@@ -61,7 +73,7 @@ class Decoder:
         types = list(getattr(self.config, "layer_types", None) or [])
         unknown = sorted(set(types) - set(_MASKS))
         if unknown:
-            raise ModelError(
+            raise NotSlotAddressable(
                 f"{self.name} has layers of type {', '.join(unknown)}: rows need full or sliding attention in every "
                 "layer; choose a model without recurrent, convolutional or chunked layers"
             )
@@ -69,11 +81,7 @@ class Decoder:
         if getattr(self.config, "use_sliding_window", True) is False:
             self.window = None
         self.mask_types = sorted(set(types))
-        self.dtype, self.device = model.dtype, model.device
-        self.vocab_size: int = head.weight.shape[0]  # type: ignore[assignment]
-        self.context = _context(self.config)
         self.rows, self.cache = self._attach(most_rows)
-        self.deviation = self._check()
 
     def _attach(self, most_rows: int) -> tuple[Rows, SlotCache]:
         """Learn the shapes of the cache from a plain forward."""
@@ -82,14 +90,14 @@ class Decoder:
             with torch.no_grad():
                 out: Any = self._plain_body(input_ids=ids, use_cache=True)
                 self.body(Span(0, self.layers), input_ids=ids, use_cache=False)  # the gates learn what blocks return
-        except _FOREIGN as error:
+        except FOREIGN as error:
             raise ModelError(f"{self.name} does not run on one token: {type(error).__name__}: {error}") from error
         layers = getattr(getattr(out, "past_key_values", None), "layers", None)
         shapes = {
             (tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in layers or [] if layer.keys is not None
         }
         if layers is None or len(layers) != self.layers or len(shapes) != 1 or any(s.keys is None for s in layers):
-            raise ModelError(
+            raise NotSlotAddressable(
                 f"{self.name} does not keep one key and value per token, head and layer, of one shape, so it has no "
                 "rows; choose a decoder that caches those"
             )
@@ -105,22 +113,30 @@ class Decoder:
         )
         return rows, SlotCache(rows, self.layers)
 
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Sizes of one head's keys and values."""
+        return self.rows.dims
+
     def _check(self) -> float:
         """max |logit difference| between rows (ragged prefill, then decode) and the plain forward, float32."""
-        lengths = (_CHECK_TOKENS - 1, _CHECK_TOKENS - 3)
-
-        def drive(slots: Sequence[Slot], lists: Sequence[list[int]]) -> None:
-            work = [Work(s, ids, n) for s, ids, n in zip(slots, lists, lengths, strict=False)]
-            self.forward(work, 0, self.layers)
-            while going := [w for w in work if w.slot.filled[self.layers] < _CHECK_TOKENS]:
-                self.forward([w._replace(n=1) for w in going], 0, self.layers)
-
         return self._deviation(
-            drive, "row by row", "ALiBi and recurrent models cannot: choose one with rotary positions"
+            self._ragged,
+            "row by row",
+            "ALiBi and recurrent models cannot: choose one with rotary positions",
+            NotSlotAddressable,
         )
 
+    def _ragged(self, slots: Sequence[Slot], lists: Sequence[list[int]]) -> None:
+        """Bring rows forward by different numbers of tokens, then one by one."""
+        lengths = (_CHECK_TOKENS - 1, _CHECK_TOKENS - 3)
+        work = [Work(s, ids, n) for s, ids, n in zip(slots, lists, lengths, strict=False)]
+        self.forward(work, 0, self.layers)
+        while going := [w for w in work if w.slot.filled[self.layers] < _CHECK_TOKENS]:
+            self.forward([w._replace(n=1) for w in going], 0, self.layers)
+
     def check_split(self, depth: int) -> float:
-        """The same for a model run to `depth` first and from there on later, in other passes and other lengths.
+        """As `_check` for a model run to `depth` first and from there on later, in other passes and other lengths.
 
         The states at `depth` must be kept (`Rows.keep`). Raises `ModelError` if the logits differ.
         """
@@ -132,19 +148,25 @@ class Decoder:
 
         return self._deviation(drive, f"in two parts at layer {depth}", "it is then sampled at full depth only")
 
-    def _deviation(self, drive: Callable[[Sequence[Slot], Sequence[list[int]]], None], how: str, hint: str) -> float:
+    def _deviation(
+        self,
+        drive: Callable[[Sequence[Slot], Sequence[list[int]]], None],
+        how: str,
+        hint: str,
+        refusal: type[ModelError] = ModelError,
+    ) -> float:
         n = min(2, self.rows.most)
         tokens = (torch.arange(n * _CHECK_TOKENS) * 7919 + 11) % self.vocab_size
         ids = tokens.view(n, _CHECK_TOKENS).to(self.device)
         try:
             with torch.no_grad():
-                plain = self.model(input_ids=ids).logits.float()
+                plain = self.model(input_ids=ids, use_cache=False).logits.float()
                 slots = [self.rows.acquire(Prefix(), _CHECK_TOKENS) for _ in range(n)]
                 drive(slots, ids.tolist())
                 hidden = self.rows.hidden[self.layers]
                 rows = torch.stack([self.head(hidden[s.index, :_CHECK_TOKENS]) for s in slots]).float()
-        except _FOREIGN as error:
-            raise ModelError(f"{self.name} cannot be driven {how}: {type(error).__name__}: {error} ({hint})") from error
+        except FOREIGN as error:
+            raise refusal(f"{self.name} cannot be driven {how}: {type(error).__name__}: {error} ({hint})") from error
         finally:
             for slot in list(self.rows.used):
                 self.rows.release(slot)
@@ -152,11 +174,15 @@ class Decoder:
         scale = max(1.0, float(plain[plain.isfinite()].abs().max()))
         allowed = 1e-4 if self.dtype in (torch.float32, torch.float64) else 0.25
         if not deviation <= allowed * scale:
-            raise ModelError(
+            raise refusal(
                 f"{self.name} cannot be driven {how}: its logits differ from its plain forward by "
                 f"{deviation:.2g} ({hint})"
             )
         return deviation
+
+    def tokens(self, work: Sequence[Work], last: int) -> int:
+        """How many tokens a pass to layer `last` runs for this work, padding not counted."""
+        return sum(w.n for w in work)
 
     def forward(self, work: Sequence[Work], first: int, last: int) -> int:
         """Run layers first..last-1 on the next positions of these rows; keys, values and states kept stay in the rows.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from powermc.errors import ModelError
+from powermc.errors import NotSlotAddressable
 
 
 @dataclass
@@ -36,14 +36,14 @@ class Span:
 class Gated:
     """The body of a causal language model, span by span. One pass at a time.
 
-    Raises `ModelError` where the blocks cannot be found: a body without exactly one list of `layers` modules.
+    Raises `NotSlotAddressable` where the blocks cannot be found: a body without exactly one list of `layers` modules.
     """
 
     def __init__(self, body: nn.Module, layers: int) -> None:
         where = [name for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers and name]
         where = [name for name in where if not any(name.startswith(f"{other}.") for other in where)]
         if len(where) != 1:
-            raise ModelError(
+            raise NotSlotAddressable(
                 f"{type(body).__name__} has {len(where)} lists of {layers} blocks, not one: it cannot be run in part"
             )
         self.path = where[0]

@@ -15,8 +15,10 @@ import torch
 
 from powermc.errors import ModelError
 from powermc.lm.cost import cost_of
-from powermc.lm.decoder import Decoder, Work
+from powermc.lm.decoder import Work
 from powermc.lm.ledger import Ledger
+from powermc.lm.pool import Pool
+from powermc.lm.recompute import attach
 from powermc.lm.rows import Prefix, Segment, Slot
 from powermc.sequences.path import Path, Tokens
 
@@ -24,29 +26,56 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from powermc.lm.drift import Drift
+    from powermc.lm.guesses import Guesser
 
+_AHEAD = 16
 _RECENT_PROMPTS = 16
 _PASS_TOKENS = 4096
 _PASS_ROWS = 16
 
 
 class Engine:
-    """Runs the layers of one decoder for everything that reads its states."""
+    """Runs the layers of one decoder for everything that reads its states.
 
-    def __init__(self, model: PreTrainedModel, max_rows: int) -> None:
-        self.decoder = decoder = Decoder(model, max_rows)
+    Attributes
+    ----------
+    reuse
+        Whether states are taken from what has been run of the same tokens before, beyond the prefix that a path keeps:
+        the current path while a draft agrees with it, and the `pool`.
+    guesser
+        What says which tokens to run before they are drawn; None for none.
+    ahead
+        How many states one call of the head reads where fewer rows draw, if more of them are known.
+
+    None of these changes a draw.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_rows: int, *, reuse: bool = True) -> None:
+        self.decoder = decoder = attach(model, max_rows)
         self.rows = decoder.rows
         self.ledger = Ledger(layers=decoder.layers)
-        self.cost = cost_of(decoder.blocks, decoder.config, *decoder.rows.dims, model.get_output_embeddings())  # type: ignore[arg-type]  # the decoder has checked
+        self.cost = cost_of(decoder.blocks, decoder.config, *decoder.head_dims, model.get_output_embeddings())  # type: ignore[arg-type]  # the decoder has checked
         self.watchers: list[Drift] = []
-        self._prompts: WeakValueDictionary[tuple[int, Tokens], Segment] = WeakValueDictionary()
+        self.reuse, self.pool = reuse, Pool()
+        self.guesser: Guesser | None = None
+        self.ahead = _AHEAD
+        self._prompts: WeakValueDictionary[Tokens, Segment] = WeakValueDictionary()
         self._recent: deque[Segment] = deque(maxlen=_RECENT_PROMPTS)
         self._parameters = list(model.parameters())
+        self._weights: int | None = None
 
     def check_mode(self) -> None:
-        """Raise `ModelError` if the model's owner has put it in training mode: dropout is not part of p."""
+        """Raise `ModelError` if the model's owner has put it in training mode: dropout is not part of p.
+
+        What was kept of prompts and drafts is forgotten if the owner has trained the model or replaced a block.
+        """
         if self.decoder.model.training:
             raise ModelError(f"{self.decoder.name} is in training mode; call model.eval() before sampling from it")
+        weights = hash((*map(id, self.decoder.blocks), sum(p._version for p in self._parameters)))
+        if weights != self._weights:
+            self._weights = weights
+            self._prompts.clear()
+            self.pool.clear()
 
     def keep(self, depth: int) -> None:
         """Keep the states at this depth from now on. Raises `ModelError` for a model that cannot be split there."""
@@ -68,7 +97,7 @@ class Engine:
         """The activations of this path that are still there, with the longest prefix that has come to `depth`."""
         views = [v for v in (path, *path.others) if getattr(v.by, "engine", None) is self and v.cache is not None]
         caches: list[Prefix] = [v.cache for v in views]
-        segment = self._prompts.get((self._weights(), path.prompt.ids))
+        segment = self._prompts.get(path.prompt.ids)
         if segment is not None:
             caches.append(Prefix((segment,), segment.stop))
         if not caches:
@@ -77,10 +106,11 @@ class Engine:
         # Beyond what has come to `depth`: what has come less far, such as a draft at an exit.
         return deepest.upto(deepest.reaches(depth)).continued_by(max(caches, key=lambda c: c.length))
 
-    def _weights(self) -> int:
-        """A number that changes when the owner of a live model trains it or replaces a block: cached prompts are then
-        out of date."""
-        return hash((*map(id, self.decoder.blocks), sum(p._version for p in self._parameters)))
+    def met(self, known: Prefix, ids: Tokens, depth: int) -> Prefix:
+        """`known`, or the activations of more of these ids that a draft has left in the pool."""
+        done = known.reaches(depth)
+        found = self.pool.longest(ids, done, depth) if self.reuse and done < len(ids) else None
+        return known if found is None else found.continued_by(known)
 
     def run_prompts(self, paths: Sequence[Path], depth: int) -> None:
         """Run each prompt that no path has brought to `depth` yet, once however many paths share it."""
@@ -88,7 +118,7 @@ class Engine:
         work = [(self.known(path, depth), ids) for ids, path in missing.items()]
         for ids, prefix in zip(missing, self.prefixes(work, depth), strict=True):
             if len(prefix.segments) == 1:
-                self._prompts[self._weights(), ids] = prefix.segments[0]
+                self._prompts[ids] = prefix.segments[0]
                 self._recent.append(prefix.segments[0])
 
     def prefixes(self, work: Sequence[tuple[Prefix, Tokens]], depth: int) -> list[Prefix]:
@@ -102,8 +132,11 @@ class Engine:
             try:
                 self.run([(slot, work[i][1]) for slot, i in zip(slots, batch, strict=True)], depth, parallel=True)
                 for slot, i in zip(slots, batch, strict=True):
-                    done[i] = self.extended(work[i][0], slot, depth)
+                    prefix, ids = work[i]
+                    done[i] = self.extended(prefix, slot, depth)
                     slot.poisoned = not bool(torch.isfinite(done[i].segments[-1].hidden[depth]).all())
+                    if self.reuse and not slot.poisoned and prefix.length:
+                        self.pool.add(ids, prefix.reaches(depth), done[i])
             finally:
                 for slot in slots:
                     self.rows.release(slot)
@@ -116,10 +149,12 @@ class Engine:
             return prefix
         return prefix.upto(start).followed_by(self.rows.segment(slot, start, depth))
 
-    def run(self, rows: Sequence[tuple[Slot, Sequence[int]]], depth: int, *, parallel: bool = False) -> None:
+    def run(
+        self, rows: Sequence[tuple[Slot, Sequence[int]]], depth: int, *, parallel: bool = False, width: int = 1
+    ) -> None:
         """Bring every row to `depth` at all of its ids: long stretches in parallel, then one pass for the last ones.
 
-        `parallel`: rows that lack a single position are not a decode pass of their own.
+        `width`: rows that lack no more positions than this run in one decode pass; `parallel`: there is none.
         """
         while todo := [(slot, ids) for slot, ids in rows if slot.filled[depth] < len(ids)]:
             spans: dict[tuple[int, int, bool], list[Work]] = {}
@@ -128,12 +163,12 @@ class Engine:
                 while (first := slot.next_depth(last)) and slot.filled[first] < len(ids):
                     last = first
                 n = len(ids) - slot.filled[last]
-                spans.setdefault((first, last, parallel or n > 1), []).append(Work(slot, ids, n))
+                spans.setdefault((first, last, parallel or n > width), []).append(Work(slot, ids, n))
             for (first, last, together), work in spans.items():
                 self._pass(work if not together else _batch(work), first, last, together)
 
     def _pass(self, work: Sequence[Work], first: int, last: int, parallel: bool) -> None:
-        tokens = sum(w.n for w in work)
+        tokens = self.decoder.tokens(work, last)
         slots = self.decoder.forward(work, first, last)
         flops = tokens * self.cost.span(first, last, slots, tokens / len(work))
         self.ledger.ran((first, last), tokens, parallel=parallel, flops=flops)

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from powermc.errors import ArgumentError
+from powermc.lm.drafts import DecoderRow
 from powermc.lm.heads import ExitHead
 from powermc.lm.model import CausalLM
-from powermc.lm.oracle import DecoderRow, DepthOracle
+from powermc.lm.oracle import DepthOracle
 from powermc.sequences.path import Path
 
 

@@ -18,7 +18,7 @@ class Ledger:
     heads
         Depth to states there turned into logits: the model's own head at its full depth, exit heads below.
     decoded
-        Tokens run one per row and pass, whatever the span.
+        Tokens run in decode passes, whatever the span: one per row, or a few where they were guessed.
     prefilled
         Tokens run many per row and pass (prompts, given paths, tails completed), whatever the span.
     ticks

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from powermc.errors import ArgumentError
+from powermc.lm import memory as budget
 from powermc.lm.engine import Engine
 from powermc.lm.oracle import DepthOracle
+from powermc.lm.pool import DEFAULT_BUDGET
 from powermc.lm.text import Text
 from powermc.sequences.path import Prompt, Space
 
@@ -33,16 +35,31 @@ class CausalLM(DepthOracle):
         only be token ids).
     max_rows
         The most rows that decode side by side; more chains than rows take turns.
+    memory
+        What the whole process may hold: bytes, or a size such as "4GB" or "512MB"; on an accelerator, what may be
+        allocated there. `power_sample` and `pilot` then use as many rows, up to `max_rows`, as fit (`fit`). None: what
+        the machine has available.
+    reuse
+        Whether nothing is run that has been run of the same tokens lately (`powermc.lm.pool`). It changes no draw.
 
     Raises `ModelError` for models that cannot be driven row by row (see `powermc.lm.decoder`).
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any = None, *, max_rows: int = 64, name: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        max_rows: int = 64,
+        memory: int | str | None = None,
+        reuse: bool = True,
+        name: str | None = None,
     ) -> None:
         if max_rows < 1:
             raise ArgumentError(f"max_rows must be at least 1, got {max_rows}")
-        engine = Engine(model, max_rows)
+        self.memory = None if memory is None else budget.parse(memory)
+        self._most = max_rows
+        engine = Engine(model, max_rows, reuse=reuse)
         super().__init__(engine, engine.decoder.layers)
         self.decoder, self.ledger = engine.decoder, engine.ledger
         self.text = Text(model, tokenizer)
@@ -57,6 +74,7 @@ class CausalLM(DepthOracle):
         dtype: str = "float32",
         device: str = "cpu",
         max_rows: int = 64,
+        memory: int | str | None = None,
     ) -> CausalLM:
         """Load a model and its tokenizer.
 
@@ -65,14 +83,16 @@ class CausalLM(DepthOracle):
         """
         from powermc.lm.loading import load
 
+        if memory is not None:
+            budget.parse(memory)  # before anything is read
         model, tokenizer = load(name, gguf_file=gguf_file, dtype=dtype, device=device)
-        return cls(model, tokenizer, max_rows=max_rows, name=name)
+        return cls(model, tokenizer, max_rows=max_rows, memory=memory, name=name)
 
     # What a run needs to know of the model.
 
     @property
     def max_rows(self) -> int:
-        """The most rows that decode side by side."""
+        """The most rows that decode side by side: as asked for, or as memory allows (`fit`)."""
         return self.decoder.rows.most
 
     @property
@@ -102,6 +122,36 @@ class CausalLM(DepthOracle):
                 f"{context}: shorten the prompt or lower max_new_tokens to at most {max(context - len(prompt.ids), 0)}"
             )
 
+    def fit(
+        self, prompts: Sequence[Prompt], horizon: int, *, chains: int = 1, draws: int = 0, held: bool = False
+    ) -> budget.Fit:
+        """Bound `max_rows`, and what is kept to be reused, by memory, for a run of `chains` chains per prompt.
+
+        `horizon`: the most new tokens. `draws`: paths that each chain leaves in the result. `held`: whether chains hold
+        the paths that they start from while they wait. The rows' buffer is given back. Raises `ArgumentError` if one
+        row does not fit.
+        """
+        rows, pool, model = self.decoder.rows, self.engine.pool, self.decoder.model
+        if not rows.used:
+            rows.clear()
+        rows.most = self._most
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        total = len(prompts) * chains
+        need = budget.Need(budget.shape_of(self.decoder), budget.lengths(prompts), horizon, total, draws, held)
+        if self.memory is not None and self.decoder.device.type == "cpu":
+            budget.steady()
+        found = budget.fit(
+            need, min(self._most, total), self.memory, self.decoder.device, weights=weights, reusable=pool.bytes
+        )
+        if found.binds:
+            rows.most = found.rows
+        pool.budget = found.pool if self.memory is not None else min(found.pool, DEFAULT_BUDGET)
+        return found
+
+    def forget(self) -> None:
+        """Forget what earlier runs left to be reused, so that what a run computes does not depend on them."""
+        self.engine.pool.clear()
+
     def reserve(self, rows: int, length: int) -> None:
         """Allocate room for `rows` rows of `length` positions at once rather than as they come."""
         self.decoder.rows.reserve(rows, length)
@@ -127,6 +177,7 @@ class CausalLM(DepthOracle):
             "ignored_warpers": self.ignored_warpers,
             "bytes_per_token": decoder.rows.bytes_per_token,
             "attach_deviation": decoder.deviation,
+            "lost": decoder.lost,
         }
 
     # The autoregressive protocol is that of `DepthOracle`.

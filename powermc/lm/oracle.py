@@ -1,8 +1,8 @@
 """Next-token distributions read off the states at one depth: many rows, one batch, nothing evaluated twice.
 
-`answer` is handed the pending requests of all chains. Rows that need their last token run through the layers do so in
-one pass, whatever their prompts and lengths; rows whose state is known already (the first token after a cut) join at
-the head. All rows then share one softmax.
+`answer` is handed the pending requests of all chains. Rows whose state is known already (the first token after a cut,
+and all that has been run before) need the head only and go first, until every row needs its last token run: those then
+share one pass through the layers, whatever their prompts and lengths, one head and one softmax.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import numpy as np
 import torch
 
 from powermc.errors import NonFiniteLogits
+from powermc.lm.drafts import DecoderRow, non_finite
 from powermc.lm.engine import Engine
-from powermc.lm.rows import Prefix, Slot
-from powermc.lm.softmax import Rows, log_softmax, softmax_rows
+from powermc.lm.guesses import share
+from powermc.lm.rows import Prefix
+from powermc.lm.softmax import Rows, log_softmax
+from powermc.lm.softmax_torch import evaluate_logits
 from powermc.sequences.model import Exponent, Extend, Score, Token, Without
-from powermc.sequences.path import Path, Prompt
-from powermc.types import PENDING, Choices, Request
+from powermc.sequences.path import Path
+from powermc.types import PENDING, Request
 
 _HEAD_ROWS = 64
 _RESOLUTION = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -62,30 +65,45 @@ class DepthOracle(ABC):
             answers[i] = scored
         extends = [(i, r) for i, r in enumerate(requests) if isinstance(r, Extend)]
         going = [(i, r, n) for i, r in extends if (n := r.row.behind()) is not None]
-        self.engine.run([(r.row.slot, r.row.ids) for _, r, n in going if n and r.row.slot is not None], self.depth)
-        for (i, _, _), token in zip(going, self._draw([(r, n) for _, r, n in going]), strict=True):
+        # Cheaper work first: rows that need the head only do not wait for a pass, and a pass waits to be full.
+        going = [x for x in going if not x[2]] or going
+        self._advance([r.row for _, r, n in going if n])
+        work = [(r, n and n + len(r.row.ahead)) for _, r, n in going]
+        for (i, _, _), token in zip(going, self._draw(work), strict=True):
             answers[i] = token
         self.engine.ledger.seconds += time.perf_counter() - started
         return answers
 
+    def _advance(self, rows: Sequence[DecoderRow]) -> None:
+        """Run these rows' last tokens, and what is guessed of the next ones."""
+        engine, guesser = self.engine, self.engine.guesser
+        most = 0
+        if rows and guesser is not None and self.depth == engine.decoder.layers:
+            most = share(guesser.tokens, len(rows))
+            if engine.decoder.context is not None:
+                most = min(most, engine.decoder.context - max(len(row.ids) for row in rows))
+            if most > 0:
+                guesser.guess(rows, most)
+        engine.rows.reserve(0, max((len(row.wanted) for row in rows), default=0))
+        engine.run([(row.slot, row.wanted) for row in rows if row.slot is not None], self.depth, width=most + 1)
+
     def _softmax(
-        self, states: torch.Tensor, exponents: Sequence[Sequence[Exponent]], uniform: np.ndarray, token: np.ndarray,
+        self, logits: torch.Tensor, exponents: Sequence[Sequence[Exponent]], uniform: np.ndarray, token: np.ndarray,
         draw: Any = None,
     ) -> Rows:  # fmt: skip
-        """The softmax of these states; `draw(i, logits)` names the token of rows that a `Choices` wants to see."""
-        logits = self.logits(states, token)
-        rows = (logits if logits.dtype == torch.float64 else logits.float()).contiguous().cpu().numpy()
+        """The softmax of these logits; `draw(i, logits)` names the token of rows that a `Choices` wants to see."""
         if draw is not None:
+            rows = logits.double().cpu().numpy()
             token = np.array([draw(i, row) if np.isfinite(row.max()) else -1 for i, row in enumerate(rows)])
         widest = max(map(len, exponents))
         laws = [(*e, *[1.0] * (widest - len(e))) for e in exponents]
         sets = list(dict.fromkeys(law.tokens for row in laws for law in row if isinstance(law, Without)))
-        masks = np.zeros((len(sets), rows.shape[1]), np.bool_)
+        masks = np.zeros((len(sets), logits.shape[1]), np.bool_)
         for mask, left_out in zip(masks, sets, strict=True):
             mask[[v for v in left_out if 0 <= v < len(mask)]] = True
-        powers = np.array([[law.exponent if isinstance(law, Without) else law for law in row] for row in laws])
+        powers = np.array([[law.exponent if isinstance(law, Without) else law for law in row] for row in laws], float)
         which = np.array([[sets.index(law.tokens) if isinstance(law, Without) else -1 for law in row] for row in laws])
-        return softmax_rows(rows, powers, uniform, token, torch.get_num_threads(), masks, which)
+        return evaluate_logits(logits, powers, uniform, token, torch.get_num_threads(), masks, which)
 
     def _draw(self, work: Sequence[tuple[Extend[DecoderRow], int]]) -> list[Token | NonFiniteLogits]:
         """Draw the next token of each row from its state."""
@@ -99,7 +117,7 @@ class DepthOracle(ABC):
                 return -1 if streams[i] is not None else _drawn(requests[i], logits)
 
             out = self._softmax(
-                torch.stack([request.row.state() for request in requests]),
+                self._next_logits([request.row for request in requests]),
                 [request.exponents for request in requests],
                 uniform,
                 np.full(len(requests), -1),
@@ -119,15 +137,37 @@ class DepthOracle(ABC):
                     ran,
                 )
                 if token.token >= 0:
-                    request.row.ids.append(token.token)
+                    request.row.append(token.token)
                 answers.append(token)
         return answers
+
+    def _next_logits(self, rows: Sequence[DecoderRow]) -> torch.Tensor:
+        """Logits (n, V) of the next draw of each row.
+
+        Where tokens ahead of a row have been run, the head reads some of those in the same call: the more the longer
+        the row has agreed with them, and the fewer the more rows there are, as it is bound by reading its weights.
+        """
+        fresh = [row for row in rows if not row.logits]
+        most = max(self.engine.ahead // max(len(rows), 1), 1)
+        states = [row.states(min(row.agreed + 1, most)) for row in fresh]
+        if fresh:
+            logits = self.logits(torch.cat(states), np.full(sum(map(len, states)), -1))
+            if len(logits) == len(fresh) == len(rows):
+                for row, own in zip(rows, logits, strict=True):
+                    row.logits.append(own)
+                return logits
+            for row, own in zip(fresh, logits.split([len(s) for s in states]), strict=True):
+                row.logits.extend(own)
+        return torch.stack([row.logits[0] for row in rows])
 
     def _score(self, requests: Sequence[Score]) -> list[Path | NonFiniteLogits]:
         """Evaluate whole paths: each prompt once however many ask, then tails, then the head on what is not known."""
         self.engine.run_prompts([r.path for r in requests], self.depth)
-        known = [self.engine.known(r.path, self.depth) for r in requests]
         whole = [r.path.prompt.ids + r.path.tokens[:-1] for r in requests]
+        known = [
+            self.engine.met(self.engine.known(r.path, self.depth), ids, self.depth)
+            for r, ids in zip(requests, whole, strict=True)
+        ]
         caches = self.engine.prefixes(list(zip(known, whole, strict=True)), self.depth)
         return [self._score_one(r, cache, row) for row, (r, cache) in enumerate(zip(requests, caches, strict=True))]
 
@@ -144,9 +184,10 @@ class DepthOracle(ABC):
             end = min(begin + _HEAD_ROWS, n)
             given, nothing = np.array(path.tokens[begin:end]), np.full(end - begin, np.nan)
             states = cache.hidden(self.depth, first - 1 + begin, first - 1 + end)
-            parts.append(self._softmax(states, [exponents] * (end - begin), nothing, given))
+            logits = self.logits(states, given)
+            parts.append(self._softmax(logits, [exponents] * (end - begin), nothing, given))
             if not parts[-1].finite.all():
-                return _non_finite(row, begin + int(parts[-1].finite.argmin()), path.prompt)
+                return non_finite(row, begin + int(parts[-1].finite.argmin()), path.prompt)
 
         def joined(head: np.ndarray | None, tails: list[np.ndarray]) -> np.ndarray:
             return np.concatenate([np.zeros(0) if head is None else head[:done], *tails])
@@ -185,60 +226,5 @@ def _drawn(request: Extend[Any], logits: np.ndarray) -> int:
     law = request.exponents[0]
     if isinstance(law, Without):
         weights = log_softmax(logits, law.exponent, [v for v in law.tokens if 0 <= v < len(logits)])
-        return request.choices.categorical(weights) if np.exp(weights).any() else -1
+        return request.choices.categorical(weights) if weights.max() > -np.inf else -1
     return request.choices.categorical(log_softmax(logits, law))
-
-
-class DecoderRow:
-    """A path being written. It takes a slot of the buffer only once a token has to run through the layers."""
-
-    def __init__(self, model: DepthOracle, path: Path, cut: int) -> None:
-        self.model, self.prompt = model, path.prompt
-        self.ids = [*path.prompt.ids, *path.tokens[:cut]]
-        self.prefix = model.engine.known(path, model.depth).upto(len(self.ids))
-        self.slot: Slot | None = None
-
-    def extend(self, exponents: tuple[Exponent, ...], choices: Choices) -> Request:
-        return Extend(self, exponents, choices)
-
-    def behind(self) -> int | None:
-        """How many tokens the row must run before its next draw; it gets a slot if any. None: no slot is free."""
-        depth, rows = self.model.depth, self.model.engine.rows
-        if self.slot is None:
-            if self.prefix.reaches(depth) == len(self.ids):
-                return 0
-            if not rows.free:
-                return None
-            self.slot = rows.acquire(self.prefix, len(self.ids))
-        rows.reserve(0, len(self.ids))
-        return len(self.ids) - self.slot.filled[depth]
-
-    def state(self) -> torch.Tensor:
-        """The state of the last position at the model's depth."""
-        n, depth = len(self.ids), self.model.depth
-        if self.slot is None:
-            return self.prefix.hidden(depth, n - 1, n)[0]
-        return self.model.engine.rows.hidden[depth][self.slot.index, n - 1]
-
-    def fail(self, row: int) -> NonFiniteLogits:
-        if self.slot is not None:
-            self.slot.poisoned = True
-        return _non_finite(row, len(self.ids) - len(self.prompt.ids), self.prompt)
-
-    def cache(self) -> Prefix:
-        if self.slot is None:
-            return self.prefix
-        return self.model.engine.extended(self.prefix, self.slot, self.model.depth)
-
-    def release(self) -> None:
-        if self.slot is not None:
-            self.model.engine.rows.release(self.slot)
-            self.slot = None
-
-
-def _non_finite(row: int, position: int, prompt: Prompt) -> NonFiniteLogits:
-    shown = prompt.text if len(prompt.text) <= 40 else prompt.text[:37] + "..."
-    return NonFiniteLogits(
-        f"the model's logits are NaN or infinite in row {row} at position {position} after the prompt {shown!r}; "
-        "this chain stops (try dtype float32, or check the checkpoint)"
-    )

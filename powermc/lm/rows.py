@@ -221,6 +221,11 @@ class Rows:
         for d, kept in hidden.items():
             self.hidden[d][:n, :old] = kept[:n, :old]
 
+    def clear(self) -> None:
+        """Give the buffer back; the next `reserve` allocates anew. No row may be in use."""
+        assert not self.used, "the buffer is given back between runs"
+        self._allocate(0, 0)
+
     def acquire(self, prefix: Prefix, length: int) -> Slot:
         """A row that holds `prefix`, with room for `length` positions."""
         if len(self.used) == self.capacity or length > self.length:

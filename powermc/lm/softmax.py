@@ -1,19 +1,32 @@
-"""Normalisers, entropy and inverse-CDF draws of many rows of logits in one call (numba).
+"""Normalisers, entropy, top-two margin and inverse-CDF draws of rows of logits, in one call.
 
-Logits are read as they are (float32 or float64), every sum is float64. Equal to `powermc.choices.inverse_cdf` on
-exponent * log softmax(logits) up to the order of summation.
+On the CPU: `softmax_rows`, compiled by numba (`powermc.lm.softmax_numba`). Where the logits are torch tensors, on
+whatever device: `powermc.lm.softmax_torch.evaluate_logits`. Logits are read as they are (float32 or float64), every
+weight and every sum is float64.
+
+Errors, against exact arithmetic on the logits as given, up to 2^18 tokens and exponents up to 8:
+
+- log p, log Z, entropy: 1e-12 (1 + |value|) nats; margin: 1e-12;
+- a draw's boundaries: 1e-12 of the row's mass. So the token is that of `powermc.choices.inverse_cdf` on
+  exponent * log softmax(logits) wherever `slack` exceeds 1e-12 and the error of `inverse_cdf` itself, which adds up
+  one weight after the other (1e-16 times the vocabulary).
+
+A weight under e^-708 of the largest counts as zero, and a token of zero weight is never drawn. Rows do not depend on
+one another, on their number, or on the number of threads: not by a single bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Thread
 from typing import NamedTuple
 
-import numba
 import numpy as np
-from numba import njit, prange
 
-_WORTH_THREADS = 20_000
+from powermc.errors import ArgumentError
+from powermc.lm.softmax_numba import evaluate
+
+_WORTH_A_THREAD = 50_000  # logits; starting a thread costs about half of evaluating them
 
 
 class Rows(NamedTuple):
@@ -33,7 +46,14 @@ class Rows(NamedTuple):
     slack: np.ndarray
 
 
-_NO_MASKS = np.zeros((0, 0), np.bool_)
+NO_MASKS = np.zeros((0, 0), np.bool_)
+
+
+def check_tokens(token: np.ndarray, vocab: int) -> None:
+    """Raise `ArgumentError` unless every token is one of the vocabulary, or -1: the compiled code looks them up."""
+    outside = token[(token < -1) | (token >= vocab)]
+    if len(outside):
+        raise ArgumentError(f"token {outside[0]} is not in the vocabulary: give one of 0..{vocab - 1}, or -1 for none")
 
 
 def softmax_rows(
@@ -42,7 +62,7 @@ def softmax_rows(
     uniform: np.ndarray,
     token: np.ndarray,
     threads: int = 1,
-    masks: np.ndarray = _NO_MASKS,
+    masks: np.ndarray = NO_MASKS,
     mask: np.ndarray | None = None,
 ) -> Rows:
     """Evaluate rows of logits.
@@ -52,9 +72,9 @@ def softmax_rows(
     logits
         Shape (A, V), float32 or float64, C-contiguous.
     exponents
-        Shape (A, E); E >= 1 where a row draws. Token i is drawn from softmax(exponents[i, 0] * logits[i]).
+        Shape (A, E), >= 0; E >= 1 where a row draws. Token i is drawn from softmax(exponents[i, 0] * logits[i]).
     uniform
-        Shape (A,): the number to draw with, or NaN to take `token` as given.
+        Shape (A,): the number in [0, 1) to draw with, or NaN to take `token` as given.
     token
         Shape (A,): tokens to score where nothing is drawn; -1 for none (log_p is then 0).
     threads
@@ -62,96 +82,25 @@ def softmax_rows(
     masks, mask
         Shapes (K, V), bool, and (A, E): exponent e of row i leaves out the tokens where masks[mask[i, e]] is true;
         -1 for none.
+
+    Raises `ArgumentError` for a token outside the vocabulary.
     """
     n, e = exponents.shape
+    check_tokens(token, logits.shape[1])
     mask = np.full((n, e), -1) if mask is None else mask
     zeros, ones = (lambda: np.zeros(n)), np.ones(n)
     out = Rows(np.ones(n, np.bool_), token.astype(np.int64), zeros(), zeros(), zeros(), np.zeros((n, e)), ones)
-    if threads > 1 and logits.size > _WORTH_THREADS:
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-        _on_threads(logits, exponents, uniform, masks, mask, *out)
-    else:
-        _on_one(logits, exponents, uniform, masks, mask, *out)
+    work = (logits, exponents, uniform, masks, mask, *out)
+    # Python threads round code that holds no lock, not numba's: they run the very same machine code as one thread
+    # does, leave numba's global setting alone, and two of these calls may overlap.
+    share = max(-(-n // max(threads, 1)), _WORTH_A_THREAD // logits.shape[1], 1)
+    others = [Thread(target=evaluate, args=(i, min(i + share, n), *work)) for i in range(share, n, share)]
+    for other in others:
+        other.start()
+    evaluate(0, min(share, n), *work)
+    for other in others:
+        other.join()
     return out
-
-
-def _evaluate(
-    logits, exponents, uniform, masks, mask, finite, token, log_p, entropy, margin, log_z, slack
-):  # pragma: no cover - compiled
-    vocab = logits.shape[1]
-    for i in prange(logits.shape[0]):
-        row = logits[i]
-        peak = -np.inf
-        second = -np.inf
-        for v in range(vocab):
-            x = row[v]
-            if x > peak:
-                second = peak
-                peak = x
-            elif x > second:
-                second = x
-            elif x != x:
-                peak = np.inf
-                break
-        if not np.isfinite(peak):
-            finite[i] = False
-            continue
-        top = np.float64(peak)
-        base = np.empty(vocab)  # exp(logit - peak)
-        total = 0.0
-        weighted = 0.0
-        for v in range(vocab):
-            d = np.float64(row[v]) - top
-            w = np.exp(d)
-            base[v] = w
-            if w > 0.0:
-                total += w
-                weighted += w * d
-        log_total = np.log(total)
-        entropy[i] = max(log_total - weighted / total, 0.0)
-        margin[i] = (1.0 - np.exp(np.float64(second) - top)) / total
-        drawing = uniform[i] == uniform[i]
-        for e in range(exponents.shape[1] - 1, -1, -1):  # the exponent of the draw last: its weights stay
-            exponent = exponents[i, e]
-            masked = mask[i, e] >= 0
-            weights = base if exponent == 1.0 and not masked else np.empty(vocab)
-            mass = total
-            if exponent != 1.0 or masked:
-                mass = 0.0
-                squarings = 1 if exponent == 2.0 else 2 if exponent == 4.0 else 3 if exponent == 8.0 else 0
-                for v in range(vocab):
-                    if masked and masks[mask[i, e], v]:
-                        w = 0.0
-                    elif squarings or exponent == 1.0:  # a power by squaring costs a tenth of another exp
-                        w = base[v]
-                        for _ in range(squarings):
-                            w *= w
-                    else:
-                        w = np.exp(exponent * (np.float64(row[v]) - top))
-                    weights[v] = w
-                    mass += w
-                log_z[i, e] = np.log(mass) - exponent * log_total if mass > 0.0 else -np.inf
-            if e == 0 and drawing and mass == 0.0:
-                token[i] = -1
-            elif e == 0 and drawing:
-                goal = uniform[i] * mass
-                reached = 0.0
-                before = 0.0
-                for v in range(vocab):
-                    w = weights[v]
-                    if w > 0.0:
-                        before = reached
-                        token[i] = v
-                        reached += w
-                        if reached > goal:
-                            break
-                slack[i] = min(reached - goal, goal - before) / mass
-        if token[i] >= 0:
-            log_p[i] = np.float64(row[token[i]]) - top - log_total
-
-
-_on_one = njit(cache=True, nogil=True)(_evaluate)
-_on_threads = njit(parallel=True, cache=True, nogil=True)(_evaluate)
 
 
 def log_softmax(logits: np.ndarray, exponent: float, left_out: Sequence[int] = ()) -> np.ndarray:

@@ -6,11 +6,14 @@ log C(m | x') - log C(m | x) to the log ratio (design section 3). Positions coun
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from powermc.bounds import claims
 from powermc.errors import ArgumentError
 from powermc.sequences.path import Path
 
@@ -19,6 +22,10 @@ class CutLaw(Protocol):
     """A distribution over cut positions given a path.
 
     `needs_scores` says whether `log_weights` needs a path that a model has scored, rather than its tokens alone.
+
+    A law may also have a method `log_most(cut, length, entropy)`: an upper bound, nats, of log C(cut | x) over all
+    paths x of more than `length` tokens that begin with the ones drawn so far; `entropy` holds those tokens' entropies
+    by the model that weighs cuts, and is None where that has not seen them. Without the method the bound is 0.
     """
 
     needs_scores: ClassVar[bool]
@@ -46,6 +53,12 @@ def log_prob(law: CutLaw, cut: int, path: Path) -> float:
     return float(weights[at] - peak - np.log(np.exp(weights - peak).sum()))
 
 
+def log_most(law: CutLaw, cut: int, length: int, entropy: Sequence[float] | None) -> float:
+    """An upper bound of log C(cut | x), nats, for all x that continue `length` tokens; see `CutLaw`."""
+    own: Any = law
+    return own.log_most(cut, length, entropy) if claims(law, "log_most", "log_weights") else 0.0
+
+
 @dataclass(frozen=True)
 class Length:
     """Uniform on start..L(x)-1: the log ratio of a move is log (L(x) - start) - log (L(x') - start)."""
@@ -55,6 +68,9 @@ class Length:
 
     def log_weights(self, path: Path) -> np.ndarray:
         return np.zeros(max(len(path) - self.start, 0))
+
+    def log_most(self, cut: int, length: int, entropy: Sequence[float] | None) -> float:
+        return -math.log(length + 1 - self.start)
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,9 @@ class Horizon:
 
     def log_weights(self, path: Path) -> np.ndarray:
         return np.zeros(self.stop - self.start)
+
+    def log_most(self, cut: int, length: int, entropy: Sequence[float] | None) -> float:
+        return -math.log(self.stop - self.start)
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,11 @@ class Entropy:
             return np.zeros(0)
         with np.errstate(divide="ignore"):
             return np.log(weights)
+
+    def log_most(self, cut: int, length: int, entropy: Sequence[float] | None) -> float:
+        if entropy is None or not entropy[cut] > 0:
+            return 0.0
+        return math.log(entropy[cut]) - math.log(sum(entropy[self.start :]))
 
 
 CUT_LAWS = ("length", "horizon", "block", "entropy")

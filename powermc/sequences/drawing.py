@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from powermc.sequences.model import Autoregressive, Exponent, Without
+from powermc.sequences.model import Autoregressive, Exponent, Token, Without
 from powermc.sequences.path import Path, Tokens
 from powermc.types import Choices, Field, Fields, Info, Steps
 
@@ -28,7 +28,8 @@ class Block:
     """Tokens drawn beyond the first `cut` of a path, and what the model computed on the way.
 
     `tokens` are all tokens, the kept ones included; `finished` if the last one drawn ended the path. `scores` has shape
-    (tokens drawn, 4): log p, entropy, margin, and log Z of the law `exponent` they were drawn from.
+    (tokens drawn, 4): log p, entropy, margin, and log Z of the law `exponent` they were drawn from. `abandoned`: the
+    one who asked for them wanted no more, and there is no `cache`.
     """
 
     model: Autoregressive
@@ -40,6 +41,7 @@ class Block:
     cache: Any
     ran: int
     near_ties: int
+    abandoned: bool = False
 
     def onto(self, path: Path, tokens: Tokens, finished: bool) -> Path:
         """The path `tokens`, which begins with `self.tokens`: scored by the model as far as those go.
@@ -73,20 +75,22 @@ def draw(
     exponent: Exponent,
     choices: Choices,
     ends: Callable[[Tokens], bool] | None = None,
+    hopeless: Callable[[Token], bool] | None = None,
 ) -> Steps[Block]:
     """Draw tokens after `path.tokens[:cut]` from the law of `exponent`, up to `stop` tokens in all.
 
     Ends earlier where `ends` holds of the tokens so far, and where the law has no token left (fewer tokens then come
-    back). `path` must be scored up to the cut, log Z of this law included.
+    back). `path` must be scored up to the cut, log Z of this law included. `hopeless` is shown each token after which
+    there is another to draw, and abandons the rest.
     """
     assert path.log_p is not None, "a draft continues a scored path"
     tokens = path.tokens[:cut]
     drawn: list[tuple[float, float, float, float]] = []
     ran = near_ties = 0
-    finished = False
+    finished = abandoned = False
     row = model.branch(path, cut)
     try:
-        while not finished and len(tokens) < stop:
+        while not finished and not abandoned and len(tokens) < stop:
             token = yield row.extend((exponent,), choices.at("token", len(tokens)))
             if token.token < 0:
                 break
@@ -95,11 +99,13 @@ def draw(
             ran += token.tokens_run
             near_ties += token.slack < model.resolution
             finished = ends is not None and ends(tokens)
-        cache = row.cache()
+            if hopeless is not None and not finished and len(tokens) < stop:
+                abandoned = hopeless(token)
+        cache = None if abandoned else row.cache()
     finally:
         row.release()
     scores = np.array(drawn, dtype=np.float64).reshape(-1, 4)
-    return Block(model, exponent, cut, tokens, finished, scores, cache, ran, near_ties)
+    return Block(model, exponent, cut, tokens, finished, scores, cache, ran, near_ties, abandoned)
 
 
 def log_q(path: Path, law: Exponent, start: int, stop: int) -> float:

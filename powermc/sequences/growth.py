@@ -73,6 +73,8 @@ class BlockwisePower:
     screening
         How a surrogate takes part (early-exit power sampling); None: plain Metropolis-Hastings. Blocks are grown by
         the model itself either way: a start, drawn once, is not the place to save.
+    early_rejection
+        Whether kernels may abandon a draft as soon as it is sure to be rejected: the same chain for fewer tokens.
 
     Raises `ArgumentError` for values out of range.
     """
@@ -87,6 +89,7 @@ class BlockwisePower:
     cut: str = "length"
     tilt: Callable[[Target[Path]], Target[Path]] | None = None
     screening: Screening | None = None
+    early_rejection: bool = True
 
     def __post_init__(self) -> None:
         self.base_target()
@@ -127,11 +130,11 @@ class BlockwisePower:
         space = replace(self.space, horizon=horizon)
         first = start if self.scope == "block" else 0
         cuts = cut_law(self.cut, start=first, horizon=horizon, block_size=self.block_size)
-        target, temperature = self.base_target(), self.q_temperature
+        target, temperature, early = self.base_target(), self.q_temperature, self.early_rejection
         if self.screening is None:
-            return Stage(space, Metropolis(target, Suffix(self.model, space, cuts, temperature)))
+            return Stage(space, Metropolis(target, Suffix(self.model, space, cuts, temperature), early))
         tilt = self.tilt or (lambda base: base)
-        return Stage(space, self.screening.kernel(self.model, space, cuts, temperature, target, tilt))
+        return Stage(space, self.screening.kernel(self.model, space, cuts, temperature, target, tilt, early))
 
     def _own(self, path: Path) -> Path:
         """The path with the model's scores in front: a screened step may leave the surrogate's there."""

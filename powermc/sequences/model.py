@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
+from powermc.bounds import Bound
 from powermc.errors import ArgumentError
 from powermc.sequences.path import Path
 from powermc.types import Choices, Oracle, Request, Steps
@@ -144,3 +145,7 @@ class SequenceProbability:
 
     def missing(self, value: Path) -> Request | None:
         return None if value.scored(self.model) else self.model.score(value, ())
+
+    def bound(self, model: Any) -> Bound:
+        """Itself beside log p of its own model, and at most 0 beside any other's."""
+        return Bound(1.0 if model is self.model else 0.0, 0.0)

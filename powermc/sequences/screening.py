@@ -110,12 +110,15 @@ class Screening:
         temperature: float,
         target: Target[Path],
         tilt: Callable[[Target[Path]], Target[Path]] = lambda base: base,
+        early_rejection: bool = True,
     ) -> Kernel[Path]:
         """The kernel on `target`. `tilt` is what the target adds to the power of p; the surrogate gets it too.
 
-        `temperature` is that of the full model's proposals. Component 0 of the mixture is screened, component 1 plain.
+        `temperature` is that of the full model's proposals, `early_rejection` that of both kernels. Component 0 of the
+        mixture is screened, component 1 plain.
         """
         moves = self.proposals(model, space, cuts, temperature)
         surrogate = tilt(Power(SequenceProbability(self.surrogate), self.exponent))
-        screened = DelayedAcceptance([surrogate, target], moves[self.proposal], self.gate())
-        return Mixture([screened, Metropolis(target, moves["full"])], [1 - self.plain, self.plain])
+        screened = DelayedAcceptance([surrogate, target], moves[self.proposal], self.gate(), early_rejection)
+        plain = Metropolis(target, moves["full"], early_rejection)
+        return Mixture([screened, plain], [1 - self.plain, self.plain])

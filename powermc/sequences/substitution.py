@@ -27,6 +27,7 @@ class Substitution:
 
     The density of the kept tail under its new prefix enters through the target alone: the proposed path is scored on
     its first m + b positions, and whoever needs more of it asks for the rest (one parallel pass over the kept tail).
+    There is no early rejection: the b tokens drawn cost little, and what bounds the ratio of the rest is that pass.
 
     Reversible in a kernel as it is, but it never changes the length, so it needs a companion that does in a `Mixture`.
 

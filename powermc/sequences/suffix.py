@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from powermc.bounds import Bound, Floor, bound_of, claims
 from powermc.errors import ArgumentError
+from powermc.sequences.ceiling import Ceiling
 from powermc.sequences.cuts import CutLaw, log_prob
 from powermc.sequences.drawing import DRAWN, draw, log_q
 from powermc.sequences.model import Autoregressive, scored
 from powermc.sequences.path import Cut, Path, Space
 from powermc.sequences.routing import Models, first_model, model_at
-from powermc.types import Choices, Fields, Move, Steps
+from powermc.types import Choices, Fields, Move, Steps, evaluate
+
+_ULPS = 1 + 1e-15
+"""1 / (1 / alpha), the exponent at the default temperature, may be over alpha by a unit in the last place."""
 
 
 def default_temperature(alpha: float) -> float:
@@ -51,6 +56,10 @@ class Suffix:
 
     A cut at or past the end of x, and a current tail that q could not have drawn, are null moves.
 
+    Above a `Floor` a draft is abandoned once its tokens so far bound log r too low (`powermc.sequences.ceiling`). That
+    takes a target bounded by p^a of the very model that draws, with 1 <= 1/temperature <= a. All else is drafted to its
+    end; so is what a subclass drafts that has a ratio of its own.
+
     Info: `cut`; `proposal_length` (tokens drawn); `tokens` (tokens run through the model); `near_ties` (draws that
     rounding could have changed).
     """
@@ -68,6 +77,13 @@ class Suffix:
         return DRAWN
 
     def propose(self, choices: Choices, value: Path) -> Steps[Move[Path]]:
+        return self._propose(choices, value, None)
+
+    def propose_above(self, choices: Choices, value: Path, floor: Floor[Path]) -> Steps[Move[Path]]:
+        known = claims(self, "propose_above", "log_hastings", "log_q", "log_cut")
+        return self._propose(choices, value, floor if known else None)
+
+    def _propose(self, choices: Choices, value: Path, floor: Floor[Path] | None) -> Steps[Move[Path]]:
         exponent, x = 1.0 / self.temperature, value
         if self.cuts.needs_scores:
             x = yield from scored(first_model(self.model), x, (exponent,))
@@ -82,12 +98,43 @@ class Suffix:
         x = yield from scored(model, x, (exponent,))
         if not self.log_q(x, m) > -math.inf:
             return Move(x, x, null=True, info={"cut": m})
-        y, ran, near_ties = yield from draft(model, self.space, x, m, self.temperature, choices)
+        ceiling = None
+        if floor is not None:
+            x, ceiling = yield from self._ceiling(floor, model, x, cut)
+        hopeless = None if ceiling is None else ceiling.rejects
+        block = yield from draw(model, x, m, self.space.horizon, exponent, choices, self.space.ends, hopeless)
+        info = {"cut": m, **block.info()}
+        if ceiling is not None and block.abandoned:
+            return Move(x, x, info=info, auxiliary=cut, bound=ceiling.bound)
+        y = block.onto(x, block.tokens, block.finished)
         if self.cuts.needs_scores:  # by the first model, and back to the front with those of q
             y = yield from scored(first_model(self.model), y, (exponent,))
             y = yield from scored(model, y, (exponent,))
-        info = {"cut": m, "proposal_length": len(y) - m, "tokens": ran, "near_ties": near_ties}
         return Move(y, x, self.log_hastings(x, y, m), info=info, auxiliary=cut)
+
+    def _ceiling(
+        self, floor: Floor[Path], model: Autoregressive, x: Path, cut: Cut
+    ) -> Steps[tuple[Path, Ceiling | None]]:
+        """What bounds a draft by `model` from x, and x with what it took to say so; None: nothing does."""
+        exponent, m, target = 1.0 / self.temperature, cut.position, floor.target(cut)
+        bound = bound_of(target, model)
+        if bound is None or not self._falls(bound):
+            return x, None
+        here = floor.log_density
+        if here is None:
+            x, here = yield from evaluate(target, x)
+            x = yield from scored(model, x, (exponent,))
+        assert x.log_p is not None
+        prefix = bound.exponent * float(x.log_p[:m].sum())
+        terms = (prefix, bound.rest, -here, self.log_q(x, m), -self.log_cut(x, m))
+        if not all(map(math.isfinite, terms)):
+            return x, None
+        entropy = x.entropy[:m].tolist() if self.cuts.needs_scores and first_model(self.model) is model else None
+        return x, Ceiling(floor.level, terms, bound.exponent - exponent, self.cuts, m, entropy)
+
+    def _falls(self, bound: Bound) -> bool:
+        """Whether no token can raise a draft's log ratio: log Z <= 0 as e >= 1, and (a - e) log p <= 0 as e <= a."""
+        return 1 <= 1.0 / self.temperature <= bound.exponent * _ULPS
 
     def log_hastings(self, x: Path, y: Path, m: int) -> float:
         """log q(x | y) - log q(y | x), in nats, for a move from x to y cut at m; both with the scores of q in front."""

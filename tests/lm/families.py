@@ -127,7 +127,7 @@ _LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
+UNCACHED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bloom (ALiBi)": ("BloomForCausalLM", "BloomConfig", {}),
     "falcon with ALiBi": ("FalconForCausalLM", "FalconConfig", {"alibi": True}),
     "gpt-neo": (
@@ -136,22 +136,22 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"attention_types": [[["global", "local"], 2]], "window_size": 4, "num_layers": 4},
     ),
     "gpt (the first)": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", {}),
-    "jamba": ("JambaForCausalLM", "JambaConfig", {}),
+    "jamba": ("JambaForCausalLM", "JambaConfig", {"attn_layer_offset": 1, "attn_layer_period": 2}),
     "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", {"full_attn_idxs": [1, 3]}),
-    "longcat-flash": ("LongcatFlashForCausalLM", "LongcatFlashConfig", {**_MOE, **_LATENT}),
+    "longcat-flash": ("LongcatFlashForCausalLM", "LongcatFlashConfig", {**_MOE, **_LATENT, "head_dim": 4}),
     "mamba": ("MambaForCausalLM", "MambaConfig", {}),
-    "mamba2": ("Mamba2ForCausalLM", "Mamba2Config", {"num_heads": 8, "head_dim": 8, "n_groups": 1}),
+    "mamba2": ("Mamba2ForCausalLM", "Mamba2Config", {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8}),
     "mimo-v2-flash": ("MiMoV2FlashForCausalLM", "MiMoV2FlashConfig", {**_MOE, "head_dim": 8}),
     "qwen3-next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", {**_MOE, **_LINEAR, "head_dim": 8}),
     "recurrent-gemma": ("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", {}),
     "rwkv": ("RwkvForCausalLM", "RwkvConfig", {}),
 }
-"""Those that cannot be driven, and are refused."""
+"""Those that cannot be driven row by row, and are sampled without a cache."""
 
 
 def untouched_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A model of this family, also one of `REFUSED`, as its class initialises it."""
-    model_name, config_name, own = {**ALL, **REFUSED}[family]
+    """A model of this family, also one of `UNCACHED`, as its class initialises it."""
+    model_name, config_name, own = {**ALL, **UNCACHED}[family]
     shape = {k: v for k, v in _SHAPE.items() if k.endswith("token_id")} if family in ("gpt2", "mpt") else _SHAPE
     config = getattr(transformers, config_name)(**{**shape, **own, **changes})
     torch.manual_seed(seed)
@@ -164,8 +164,8 @@ def tiny_model(family: str = "llama", *, logit_scale: float = 2.0, seed: int = 0
     config = model.config
     ids = torch.arange(24)[None] % config.vocab_size
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.endswith("A_log"):  # the logarithm of decay rates
                 parameter.mul_(8)
         spread = float(model(input_ids=ids).logits.std())
         if not hasattr(config, "final_logit_softcapping") and family != "nanochat":  # these cap their logits
@@ -179,9 +179,10 @@ _FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "final_norm", "la
 def _scale(model: PreTrainedModel, factor: float) -> None:
     """Multiply the logits: by the final norm, as a tied head would change the input too; or else by the head."""
     norms = [(name.count("."), m) for name, m in model.named_modules() if name.split(".")[-1] in _FINAL_NORMS]
-    norm = [m for depth, m in norms if depth == min(d for d, _ in norms)][-1]
+    norm = [m for depth, m in norms if depth == min(d for d, _ in norms)][-1:]
     head: Any = model.get_output_embeddings()
-    parameters = list(norm.named_parameters()) or [("head", head.weight)]  # OLMo's norm has none
+    # OLMo's norm has no parameters, the first GPT no norm.
+    parameters = [p for m in norm for p in m.named_parameters()] or [("head", head.weight)]
     for name, parameter in parameters:
         if name == "weight" and float(parameter.abs().max()) == 0:  # Gemma's norms and Nemotron's multiply by 1 + it
             parameter.add_(1).mul_(factor).sub_(1)

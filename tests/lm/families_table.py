@@ -9,9 +9,9 @@ import warnings
 import torch
 import transformers
 
-from powermc.errors import ModelError
 from powermc.lm import CausalLM
-from tests.lm.families import ALL, REFUSED, untouched_model
+from powermc.lm.recompute import Recomputing
+from tests.lm.families import ALL, UNCACHED, untouched_model
 from tests.lm.test_resume import resumed
 
 _HEAD = """\
@@ -19,8 +19,9 @@ _HEAD = """\
 
 powermc drives stock Hugging Face decoders through their own forward. Whether it can drive one is found out when a
 model is attached, by comparing logits: driven row by row with the plain forward, and, when an exit is attached, run to
-that layer first and resumed from there in other passes with the plain forward. A model that differs is refused, so the
-lists below are what was tried and not what is allowed. `powermc doctor --model M` says it of a model of yours.
+that layer first and resumed from there in other passes with the plain forward. A model that differs row by row is
+sampled without a cache, one that cannot be split at full depth only, so the lists below are what was tried and not what
+is allowed. `powermc doctor --model M` says it of a model of yours.
 
 This page is made by `python -m tests.lm.families_table > docs/families.md`, here with transformers {transformers} and
 torch {torch}, in float32 on a CPU. The models are tiny (four layers or seven, width 32, vocabulary 37) and have random
@@ -37,13 +38,15 @@ weights.
 | Family | Class | Split | rows | resumed | chains |
 |---|---|---|---|---|---|
 """
-_REFUSED = """
-## Refused
+_UNCACHED = """
+## Without a cache
 
-These raise a `ModelError` when they are attached.
+Their cache cannot be addressed by row and position. A `RuntimeWarning` says so when they are attached: each token is a
+pass over its whole prefix, and early exits are off. **without cache**: max |difference of logits| from the plain
+forward, batched and prefix by prefix.
 
-| Family | Class | Error |
-|---|---|---|
+| Family | Class | without cache | Reason |
+|---|---|---|---|
 """
 
 
@@ -55,13 +58,12 @@ def driven(family: str) -> str:
     return f"| {family} | `{ALL[family][0]}` | {layer} of {lm.depth} | {' | '.join(f'{x:.1e}' for x in found)} |"
 
 
-def refused(family: str) -> str:
-    """A row of the second. Raises `RuntimeError` if the model is not refused."""
-    try:
-        CausalLM(untouched_model(family))
-    except ModelError as error:
-        return f"| {family} | `{REFUSED[family][0]}` | {error} |"
-    raise RuntimeError(f"{family} is driven now; move it to the families that are")
+def uncached(family: str) -> str:
+    """A row of the second. Raises `RuntimeError` if the model is driven row by row."""
+    decoder = CausalLM(untouched_model(family)).decoder
+    if not isinstance(decoder, Recomputing):
+        raise RuntimeError(f"{family} is driven now; move it to the families that are")
+    return f"| {family} | `{UNCACHED[family][0]}` | {decoder.deviation:.1e} | {decoder.reason} |"
 
 
 def main() -> None:
@@ -71,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     page = [_HEAD.format(transformers=transformers.__version__, torch=torch.__version__)]
     page += [driven(family) + "\n" for family in sorted(ALL)]
-    page += [_REFUSED, *(refused(family) + "\n" for family in sorted(REFUSED))]
+    page += [_UNCACHED, *(uncached(family) + "\n" for family in sorted(UNCACHED))]
     sys.stdout.write("".join(page))
 
 

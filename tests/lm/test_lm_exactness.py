@@ -15,7 +15,7 @@ import pytest
 from powermc.choices import Stream
 from powermc.kernels import Cycle, Metropolis, Mixture
 from powermc.lm import CausalLM
-from powermc.lm.oracle import DecoderRow
+from powermc.lm.drafts import DecoderRow
 from powermc.lm.rows import Prefix
 from powermc.scheduling import run
 from powermc.sequences import BlockwisePower, Entropy, Horizon, Length, Path, SequenceProbability, Space, Suffix
@@ -109,7 +109,10 @@ class _Box:
 
 
 class _OneCachePerChain(CausalLM):
-    """Mutant: a chain has one cache, drafts write into it, and a rejection does not restore it."""
+    """Mutant: a chain has one cache, drafts write into it, and a rejection does not restore it.
+
+    Without reuse, which would find most states by their tokens.
+    """
 
     def branch(self, path: Path, cut: int) -> DecoderRow:
         box = path.cache
@@ -133,7 +136,7 @@ class _OneCachePerChain(CausalLM):
 def test_mutant_cache_not_restored_after_rejection() -> None:
     """A stale prefix makes the next draft come from another path's activations."""
     lm = toy_lm()
-    mutant = _OneCachePerChain(lm.decoder.model, max_rows=512)  # type: ignore[arg-type]
+    mutant = _OneCachePerChain(lm.decoder.model, max_rows=512, reuse=False)  # type: ignore[arg-type]
     kernel = suffix_kernel(mutant, SPACE, Length())
     with pytest.raises(AssertionError, match=r"differ|unbalanced|sums to|came to other"):
         prove(kernel, all_paths(SPACE, 3))
@@ -148,7 +151,7 @@ def test_mutant_is_only_the_cache() -> None:
 
     lm = toy_lm()
     prove(
-        suffix_kernel(Renewed(lm.decoder.model, max_rows=512), Space(frozenset({2}), 2), Length()),
+        suffix_kernel(Renewed(lm.decoder.model, max_rows=512, reuse=False), Space(frozenset({2}), 2), Length()),
         all_paths(Space(frozenset({2}), 2), 3),
     )  # type: ignore[arg-type]
 

@@ -10,11 +10,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from powermc.errors import ArgumentError, ModelError
+from powermc.errors import ArgumentError, ModelError, NotSlotAddressable
 from powermc.lm import CausalLM
 from powermc.lm.decoder import Decoder
 from powermc.sequences import Prompt
-from tests.lm.families import REFUSED, VOCAB, tiny_model, untouched_model
+from tests.lm.families import UNCACHED, VOCAB, tiny_model, untouched_model
 
 WORDS = [f"w{i}" for i in range(VOCAB)]
 
@@ -161,11 +161,11 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_models_without_rows_are_refused(family: str) -> None:
-    """With the reason, and what to look for instead, in one line."""
-    with pytest.raises(ModelError, match=REASONS[family]) as caught:
-        CausalLM(untouched_model(family))
+@pytest.mark.parametrize("family", UNCACHED)
+def test_models_without_rows_are_refused_rows(family: str) -> None:
+    """With the reason, and what to look for instead, in one line; they are sampled without a cache."""
+    with pytest.raises(NotSlotAddressable, match=REASONS[family]) as caught:
+        Decoder(untouched_model(family), 4)
     assert "\n" not in str(caught.value)
 
 
@@ -182,8 +182,8 @@ def test_a_model_that_ignores_the_mask_is_refused() -> None:
     layer = model.model.layers[0].self_attn
     forward = layer.forward
     layer.forward = lambda *a, **k: forward(*a, **{**k, "attention_mask": None})
-    with pytest.raises(ModelError, match="cannot be driven row by row"):
-        CausalLM(model)
+    with pytest.raises(NotSlotAddressable, match="cannot be driven row by row"):
+        Decoder(model, 4)
 
 
 def test_the_owner_keeps_using_the_model() -> None:

@@ -126,14 +126,19 @@ def test_one_row_many_chains() -> None:
 
 
 def test_tokens_run_equal_tokens_decoded() -> None:
-    """The `tokens` of the infos add up to the ledger: a draft of n tokens cut at known ground costs n - 1."""
-    lm = CausalLM(tiny_model())
+    """The `tokens` of the infos add up to the ledger: a draft of n tokens cut at known ground costs n - 1 at most, and
+    without reuse always."""
+    reusing = CausalLM(tiny_model())
+    for step in (s for chain in sample(reusing, chains=2).values() for s in chain if not s.info["null"]):
+        assert step.info["tokens"] <= step.info["proposal_length"] - 1
+    lm = CausalLM(tiny_model(), reuse=False)
     steps = sample(lm, chains=2)
     infos = [s.info for chain in steps.values() for s in chain]
     drafts = [i for i in infos if not i["null"]]
     assert all(i["tokens"] == i["proposal_length"] - 1 for i in drafts)
     assert sum(i["tokens"] for i in drafts) < lm.ledger.decoded  # growth decodes too
     assert lm.ledger.ticks < lm.ledger.decoded / 2, "rows shared passes"
+    assert reusing.ledger.decoded < lm.ledger.decoded
 
 
 def test_trained_model_is_not_served_from_old_prompts() -> None:

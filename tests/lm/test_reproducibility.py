@@ -42,7 +42,9 @@ def settings(dtype: str) -> tuple[Any, Any]:
 def test_twice_in_a_row_bit_for_bit(dtype: str) -> None:
     model, options = settings(dtype)
     lm = CausalLM(model, max_rows=3)
-    first, second = (sample(lm, chains=2, **options) for _ in range(2))
+    first = sample(lm, chains=2, **options)
+    lm.forget()  # as `power_sample` does: what the first run left changes the shapes of the second's batches
+    second = sample(lm, chains=2, **options)
     for key, steps in first.items():
         assert tokens(steps) == tokens(second[key])
         for a, b in zip(steps, second[key], strict=True):

@@ -20,8 +20,12 @@ def toy_lm(
     max_rows: int = 512,
     logit_scale: float = 2.5,
     layers: int = 2,
+    reuse: bool = False,
 ) -> CausalLM:
-    """A float64 model whose rows hold both likely and unlikely tokens."""
+    """A float64 model whose rows hold both likely and unlikely tokens.
+
+    Without reuse: on so few paths the pool would soon hold every state, and no draft would run a layer.
+    """
     ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": vocab - 1, "pad_token_id": 0}
     shape: dict[str, Any] = {
         "vocab_size": vocab,
@@ -33,7 +37,7 @@ def toy_lm(
     if family == "gpt2":
         shape = {"vocab_size": vocab, "n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 64, **ids}
     model = tiny_model(family, seed=seed, logit_scale=logit_scale, **shape).double()
-    return CausalLM(model, max_rows=max_rows)
+    return CausalLM(model, max_rows=max_rows, reuse=reuse)
 
 
 def all_paths(space: Space, vocab: int, prompt: Prompt = PROMPT) -> list[Path]:
