@@ -140,7 +140,8 @@ def test_options_reach_the_run(cli, loader):
     expected |= {"exit_temperature": None, "gated": None, "eta": None, "delta": None, "aggregate": "max"}
     expected |= {"rows": 5, "early_rejection": False, "reward_at_most": None}
     assert run["settings"] == expected
-    assert loader.calls == [("m", {"gguf_file": "g", "dtype": "float64", "device": "meta", "max_rows": 3, "memory": "4GB"})]
+    options = {"gguf_file": "g", "dtype": "float64", "device": "meta", "max_rows": 3, "memory": "4GB"}
+    assert loader.calls == [("m", options)]
 
 
 def test_the_help_states_the_defaults_of_the_api(cli):

@@ -111,6 +111,7 @@ def load(name: str, options: dict[str, Any], notes: Any, quiet: bool) -> Languag
         from powermc.lm import CausalLM
 
         with warnings.catch_warnings():
+            warnings.filterwarnings("always", message=".* is sampled without a cache", category=RuntimeWarning)
             warnings.showwarning = _one_line
             model = CausalLM.from_pretrained(name, **options)
     ignored = ", ".join(f"{key}={value!r}" for key, value in model.ignored_warpers.items())

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from powermc.errors import ModelError, NotSlotAddressable
 from powermc.lm.depth import Gated, Span
+from powermc.lm.lean import lean
 from powermc.lm.rows import Prefix, Rows, Slot, SlotCache
 
 _ATTENTION = ("sdpa", "eager")
@@ -256,14 +257,15 @@ class Decoder:
 
         With `columns` only those of these tokens, (n, len(columns)).
         """
-        stub = _HeadOnly(self.model, hidden[:, None])
+        stub, whole = _HeadOnly(self.model, hidden[:, None]), self.model.get_output_embeddings()
+        own: Any = lean(whole)  # type: ignore[arg-type]  # the constructor has checked
         if columns is not None:
-            whole: Any = self.model.get_output_embeddings()
-            few = torch.nn.Linear(whole.weight.shape[1], len(columns), bias=whole.bias is not None, device="meta")
-            few.weight = torch.nn.Parameter(whole.weight[columns], requires_grad=False)
-            if whole.bias is not None:
-                few.bias = torch.nn.Parameter(whole.bias[columns], requires_grad=False)
-            setattr(stub, next(name for name, m in self.model.named_children() if m is whole), few)
+            own = torch.nn.Linear(whole.weight.shape[1], len(columns), bias=whole.bias is not None, device="meta")  # type: ignore[union-attr]
+            own.weight = torch.nn.Parameter(whole.weight[columns], requires_grad=False)  # type: ignore[union-attr]
+            if whole.bias is not None:  # type: ignore[union-attr]
+                own.bias = torch.nn.Parameter(whole.bias[columns], requires_grad=False)  # type: ignore[union-attr]
+        if (name := next((name for name, m in self.model.named_children() if m is whole), None)) is not None:
+            setattr(stub, name, own)
         return type(self.model).forward(stub, input_ids=None, use_cache=False).logits[:, 0]  # type: ignore[arg-type]
 
 

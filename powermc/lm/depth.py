@@ -1,8 +1,8 @@
 """Running a span of a decoder's blocks through the decoder's own forward.
 
-`Gated` is a shadow of the body: a shallow copy in which every block stands behind a gate. The blocks, and all
-parameters, are the owner's; the owner's model is not touched, so whatever its owner does with it meanwhile (generate,
-save, capture hidden states, in any thread) is unaffected, and there is nothing to undo.
+`Gated` is a shadow of the body: a shallow copy in which every block, a shadow too, stands behind a gate. All parameters
+are the owner's; the owner's model is not touched, so whatever its owner does with it meanwhile (generate, save, capture
+hidden states, in any thread) is unaffected, and there is nothing to undo.
 
 Every pass goes through the body's whole forward: embedding, positions, masks, the loop over the blocks, final norm. A
 gate outside the span hands its input on; the gate before the span replaces it by the states given. Slicing the list of
@@ -11,7 +11,6 @@ blocks instead would renumber them, which Gemma 2 and 3, GPT-2 and windowed Qwen
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from powermc.errors import NotSlotAddressable
+from powermc.lm.lean import Shadowed, shallow
 
 
 @dataclass
@@ -48,15 +48,16 @@ class Gated:
             )
         self.path = where[0]
         self.blocks: nn.ModuleList = body.get_submodule(self.path)  # type: ignore[assignment]
+        self.lean = Shadowed(self.blocks)
         self._span: Span | None = None
         self._body = self._shadow(body)
 
     def _shadow(self, body: nn.Module) -> nn.Module:
         """Copies of the modules on the way to the list of blocks, and gates in its place."""
         *way, name = self.path.split(".")
-        top = module = _shallow(body)
+        top = module = shallow(body)
         for step in way:
-            module._modules[step] = _shallow(module._modules[step])
+            module._modules[step] = shallow(module._modules[step])
             module = module._modules[step]
         blocks: Any = module._modules[name]
         module._modules[name] = nn.ModuleList(_Gate(self, blocks, i) for i in range(len(blocks)))
@@ -69,18 +70,12 @@ class Gated:
 
     def __call__(self, span: Span, **inputs: Any) -> torch.Tensor:
         """Run the span; return the final norm of the last block's output. `span.found` holds the states wanted."""
+        self.lean.refresh()
         self._span = span
         try:
             return self._body(**inputs).last_hidden_state
         finally:
             self._span = None
-
-
-def _shallow(module: Any) -> Any:
-    """A module of its own with the same parameters, buffers and children."""
-    shadow = copy.copy(module)
-    shadow.__dict__["_modules"] = dict(module._modules)
-    return shadow
 
 
 class _Gate(nn.Module):
@@ -97,7 +92,7 @@ class _Gate(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         span, after = self.gated.span, self.index + 1
         if span.first < after <= span.last:
-            output = self.blocks[self.index](*args, **kwargs)
+            output = self.gated.lean[self.index](*args, **kwargs)
             state = output[0] if isinstance(output, tuple) else output
             self.__dict__["tuple_length"] = len(output) if isinstance(output, tuple) else 0
         else:

@@ -132,7 +132,7 @@ def test_the_need_bounds_what_tensors_hold(width: int, attention: str, exit: boo
     model = tiny_model("llama", attn_implementation=attention, eos_token_id=VOCAB - 1)  # most paths are long
     lm = CausalLM(model, max_rows=width, reuse=False)
     options: dict[str, Any] = {"exit": EarlyExit(lm, ExitHead(2))} if exit else {}
-    changes = {"chains": 3 if width > 1 else 1}
+    changes: dict[str, Any] = {"chains": 3 if width > 1 else 1}
     need = needed(lm, **changes)
     with Live() as live:
         run = power_sample(lm, PROMPTS, **{**RUN, **changes}, **options)

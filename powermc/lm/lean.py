@@ -1,0 +1,72 @@
+"""Linear layers for a handful of rows on a CPU.
+
+A product of a few rows with a large matrix is slow the way `torch.nn.functional.linear` asks for it: with the matrix as
+the second factor, oneMKL rearranges it for every call. With the matrix as the *first* factor, W x^T, it need not. One
+row and two are read-bound either way; many rows are compute-bound either way. `powermc bench` prints what a pass takes.
+
+The owner's modules are not touched: `lean` makes shadows that share every parameter, buffer and hook.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+_FEWEST, _MOST = 12, 64
+_LARGE, _FEWEST_OF_LARGE = 2**24, 6
+"""Rows for which W x^T was seen to be faster (oneMKL, AVX-512); weights larger than the caches gain earlier."""
+
+
+class FewRows(nn.Linear):
+    """`nn.Linear`, the same parameters, by W x^T where the rows are few."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # the name is nn.Linear's
+        n = input.numel() // max(input.shape[-1], 1)
+        fewest = _FEWEST_OF_LARGE if self.weight.numel() > _LARGE else _FEWEST
+        if not fewest <= n <= _MOST or input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64):
+            return super().forward(input)
+        output = torch.mm(self.weight, input.reshape(n, -1).T).T.contiguous()
+        if self.bias is not None:
+            output += self.bias
+        return output.view(*input.shape[:-1], -1)
+
+
+def lean(module: nn.Module) -> nn.Module:
+    """A shadow of a module and all within it: the same parameters, buffers and hooks, each `nn.Linear` a `FewRows`.
+
+    Subclasses of `nn.Linear`, such as quantised or adapted ones, stay what they are.
+    """
+    shadow = shallow(module)
+    for name, child in module._modules.items():
+        shadow._modules[name] = None if child is None else lean(child)
+    if type(module) is nn.Linear:
+        shadow.__class__ = FewRows
+    return shadow
+
+
+def shallow(module: Any) -> Any:
+    """A module of its own with the same parameters, buffers, hooks and children."""
+    shadow = copy.copy(module)
+    shadow.__dict__["_modules"] = dict(module._modules)
+    return shadow
+
+
+class Shadowed:
+    """Lean shadows of a list of blocks, made anew when their owner replaces a module in one of them."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        self._blocks = blocks
+        self._seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._shadows: list[nn.Module] = []
+
+    def refresh(self) -> None:
+        """To be called before a pass."""
+        if not self._shadows or any(now != then for now, then in self._seen):
+            self._seen = [(m._modules, dict(m._modules)) for m in self._blocks.modules() if m._modules]
+            self._shadows = [lean(block) for block in self._blocks]
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self._shadows[index]
