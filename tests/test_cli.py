@@ -131,7 +131,7 @@ def test_options_reach_the_run(cli, loader):
         ],
         *["--steps", "2", "--chains", "5", "--scope", "block", "--cut", "horizon", "--seed", "9", "--stop", "7"],
         *["--stop", "one", "--no-chat", "--model", "m", "--gguf-file", "g", "--dtype", "float64", "--device", "meta"],
-        *["--max-rows", "3", "--memory", "4GB", "--no-early-rejection"],
+        *["--max-rows", "3", "--memory", "4GB", "--no-early-rejection", "--speculate", "5"],
     )
     run = json.loads(out)
     expected = {"alpha": 3.0, "temperature": 0.7, "max_new_tokens": 10, "block_size": 5, "steps": 2, "chains": 5}
@@ -141,6 +141,7 @@ def test_options_reach_the_run(cli, loader):
     expected |= {"rows": 5, "early_rejection": False, "reward_at_most": None}
     assert run["settings"] == expected
     options = {"gguf_file": "g", "dtype": "float64", "device": "meta", "max_rows": 3, "memory": "4GB"}
+    options |= {"reuse": True, "speculate": 5}
     assert loader.calls == [("m", options)]
 
 

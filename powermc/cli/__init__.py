@@ -27,6 +27,9 @@ Model = Annotated[str, typer.Option(help="A folder, a .gguf file, a hub id, or '
 GgufFile = Annotated[str | None, typer.Option(help="Name of a GGUF file in the model's folder or repository.")]
 Dtype = Annotated[str, typer.Option(metavar="float32|float64|bfloat16|float16", help="Of the model's weights.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda:0.")]
+Speculate = Annotated[
+    int, typer.Option(help="Tokens guessed from earlier text and run in one pass, where few rows decode; 0: none.")
+]
 Memory = Annotated[
     str | None,
     typer.Option(
@@ -66,6 +69,10 @@ def sample(
     device: Device = "cpu",
     max_rows: Annotated[int, typer.Option(help="Most rows decoded side by side; more chains take turns.")] = 64,
     memory: Memory = None,
+    reuse: Annotated[
+        bool, typer.Option("--reuse/--no-reuse", help="Never run again what has been run of the same tokens.")
+    ] = True,
+    speculate: Speculate = 0,
     alpha: Annotated[float | None, typer.Option(help="Power of the target p(x)^alpha; default 4.")] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Of the proposals, not of the target; default min(1, 1/alpha).")
@@ -180,6 +187,7 @@ def sample(
         "early_rejection": early_rejection,
     }
     options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows, "memory": memory}
+    options |= {"reuse": reuse, "speculate": speculate}
     source = Source(question, file, demo)
     settings = {name: value for name, value in given.items() if value is not None}
     raise typer.Exit(_guard(lambda: run(source, model, options, settings, out=out, as_json=json, quiet=quiet)))
@@ -312,6 +320,9 @@ def bench(
     block_size: Annotated[int, typer.Option(help="Tokens B an answer grows by.")] = 32,
     alpha: Annotated[float, typer.Option(help="Power of the target p(x)^alpha.")] = 4.0,
     seed: Annotated[int, typer.Option(help="The same seed does the same work.")] = 0,
+    tables: Annotated[
+        str, typer.Option(help="What to measure: speed, floor and savings, with commas between.")
+    ] = "speed,floor,savings",
     repeats: Annotated[int, typer.Option(help="Do everything so often; the least time counts.")] = 2,
     ignore_eos: Annotated[
         bool,
@@ -324,6 +335,7 @@ def bench(
     device: Device = "cpu",
     max_rows: Annotated[int, typer.Option(help="Most rows decoded side by side.")] = 64,
     memory: Memory = None,
+    speculate: Speculate = 0,
     out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")] = False,
@@ -337,6 +349,7 @@ def bench(
     from powermc.cli.bench import run
 
     options = {"gguf_file": gguf_file, "dtype": dtype, "device": device, "max_rows": max_rows, "memory": memory}
+    options |= {"speculate": speculate}
     settings = {
         "methods": methods,
         "chains": chains,
@@ -348,7 +361,9 @@ def bench(
         "repeats": repeats,
         "ignore_eos": ignore_eos,
     }
-    raise typer.Exit(_guard(lambda: run(model, options, data, prompts, settings, out=out, as_json=json, quiet=quiet)))
+    raise typer.Exit(
+        _guard(lambda: run(model, options, data, prompts, settings, tables, out=out, as_json=json, quiet=quiet))
+    )
 
 
 @app.command()

@@ -18,6 +18,8 @@ from powermc.files import write_whole
 ALPHAS = (1.0, 2.0, 4.0)
 """Of the table of savings."""
 
+TABLES = ("speed", "floor", "savings")
+
 _SAVING_CHAINS = 4
 
 
@@ -27,6 +29,7 @@ def run(
     data: Path | None,
     limit: int,
     settings: dict[str, Any],
+    tables: str,
     *,
     out: Path | None,
     as_json: bool,
@@ -38,12 +41,15 @@ def run(
     texts = [q.question for q in demo.questions()] if data is None else read_prompts(data)
     listed = {name: numbers(name, settings[name]) for name in ("chains", "horizons")}
     methods = tuple(settings["methods"].split(",")) if settings["methods"] else ()
+    wanted = tables.split(",")
+    if unknown := sorted(set(wanted) - set(TABLES)):
+        raise ArgumentError(f"unknown table {unknown[0]!r}; choose from {', '.join(TABLES)}")
     if out is not None:
         check_writable(out)
     from powermc.evaluation.bench import Plan, bench, fresh
 
     plan = Plan(**{**settings, **listed, "methods": methods})
-    from powermc.evaluation.bench_tables import as_dict, report
+    from powermc.evaluation.bench_tables import as_dict, floor_report, heading, savings_report, speed_report
     from powermc.evaluation.floor import floor
     from powermc.evaluation.savings import savings
 
@@ -53,26 +59,37 @@ def run(
         if not quiet:
             say(notes, f"powermc: {text}")
 
+    def show(text: str) -> None:
+        if not as_json:
+            say(console(), text + "\n")
+
     model: Any = load(model_name, options, notes, quiet)
     if not hasattr(model, "engine"):
         raise ArgumentError(f"{model_name} is not a Hugging Face model that powermc drives; the bench needs one")
     prompts = [model.prompt(text) for text in texts[:limit]]
-    result = bench(model, prompts, plan, notify)
-    notify("decode steps against the floor of this machine")
-    steps = floor(fresh(model, reuse=False), prompts[0])
-    notify(f"savings at alpha {', '.join(f'{alpha:g}' for alpha in ALPHAS)}")
-    chains, horizon = min(max(plan.chains), _SAVING_CHAINS), max(plan.horizons)
-    saved = savings(
-        partial(_fresh, fresh, model, plan.ignore_eos),
-        prompts,
-        ALPHAS,
-        max_new_tokens=horizon,
-        block_size=plan.block_size,
-        steps=plan.steps,
-        chains=chains,
-        seed=plan.seed,
-    )
-    text = json.dumps(as_dict(model.name, len(prompts), result, steps, saved), allow_nan=False) + "\n"
+    show(heading(model.name, len(prompts), plan))
+    parts: dict[str, Any] = {}
+    if "speed" in wanted:
+        parts["result"] = bench(model, prompts, plan, notify)
+        show(speed_report(parts["result"]))
+    if "floor" in wanted:
+        notify("decode steps against the floor of this machine")
+        parts["floor"] = floor(fresh(model, reuse=False), prompts[0])
+        show(floor_report(parts["floor"]))
+    if "savings" in wanted:
+        notify(f"savings at alpha {', '.join(f'{alpha:g}' for alpha in ALPHAS)}")
+        parts["saved"] = savings(
+            partial(_fresh, fresh, model, plan.ignore_eos),
+            prompts,
+            ALPHAS,
+            max_new_tokens=max(plan.horizons),
+            block_size=plan.block_size,
+            steps=plan.steps,
+            chains=min(max(plan.chains), _SAVING_CHAINS),
+            seed=plan.seed,
+        )
+        show(savings_report(parts["saved"]))
+    text = json.dumps(as_dict(model.name, len(prompts), plan, **parts), allow_nan=False) + "\n"
     if out is not None:
         try:
             write_whole(out, text)
@@ -80,8 +97,6 @@ def run(
             raise ArgumentError(f"cannot write {out}: {error.strerror}") from error
     if as_json:
         sys.stdout.write(text)
-    else:
-        say(console(), report(model.name, len(prompts), result, steps, saved))
     return 0
 
 

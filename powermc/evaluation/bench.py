@@ -207,7 +207,8 @@ class Result:
 def fresh(model: CausalLM, *, ignore_eos: bool = False, reuse: bool = True) -> CausalLM:
     """The same weights with nothing run yet: no prompt, draft or buffer is kept from earlier runs."""
     kept: dict[str, Any] = {"max_rows": model.max_rows, "memory": model.memory, "name": model.name}
-    new = CausalLM(model.decoder.model, **kept, reuse=reuse)
+    speculate = 0 if model.engine.guesser is None else model.engine.guesser.tokens
+    new = CausalLM(model.decoder.model, **kept, reuse=reuse, speculate=speculate)
     new.text.eos = frozenset() if ignore_eos else model.text.eos
     return new
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from powermc._version import __version__
-from powermc.evaluation.bench import Result
+from powermc.evaluation.bench import Plan, Result
 from powermc.evaluation.floor import Floor
 from powermc.evaluation.memory import HOW
 from powermc.evaluation.savings import Saving
@@ -43,30 +43,39 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def as_dict(model: str, prompts: int, result: Result, floor: Floor, saved: Sequence[Saving]) -> dict[str, Any]:
-    """Everything, JSON-able; NaN is None."""
-    rows = []
-    for row in result.rows:
-        ratio = result.ratio(row)
-        derived = {name: getattr(row, name) for name in ("per_second", "per_second_whole", "seconds_per_prompt")}
-        rows.append({**asdict(row), **derived, "ratio": None if ratio is None else asdict(ratio)})
-    steps = [{**asdict(step), "floor": step.floor, "ratio": step.ratio} for step in floor.steps]
-    return jsonable(
-        {
-            "machine": machine(),
-            "settings": {"model": model, "prompts": prompts, **asdict(result.plan)},
-            "memory": HOW,
-            "rows": rows,
-            "overhead": result.overhead,
-            "floor": {**asdict(floor), "steps": steps},
-            "savings": [asdict(saving) for saving in saved],
-        }
-    )
+def as_dict(
+    model: str,
+    prompts: int,
+    plan: Plan,
+    result: Result | None = None,
+    floor: Floor | None = None,
+    saved: Sequence[Saving] | None = None,
+) -> dict[str, Any]:
+    """Everything that was measured, JSON-able; NaN is None, and so is what was not measured."""
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "settings": {"model": model, "prompts": prompts, **asdict(plan)},
+        "memory": HOW,
+        "rows": None,
+        "overhead": None,
+        "floor": None,
+        "savings": None if saved is None else [asdict(saving) for saving in saved],
+    }
+    if result is not None:
+        found |= {"rows": [], "overhead": result.overhead}
+        for row in result.rows:
+            ratio = result.ratio(row)
+            derived = {name: getattr(row, name) for name in ("per_second", "per_second_whole", "seconds_per_prompt")}
+            found["rows"].append({**asdict(row), **derived, "ratio": None if ratio is None else asdict(ratio)})
+    if floor is not None:
+        steps = [{**asdict(step), "floor": step.floor, "ratio": step.ratio} for step in floor.steps]
+        found["floor"] = {**asdict(floor), "steps": steps}
+    return jsonable(found)
 
 
-def heading(model: str, prompts: int, result: Result) -> str:
+def heading(model: str, prompts: int, plan: Plan) -> str:
     """One paragraph: the settings and the machine."""
-    plan, here = result.plan, machine()
+    here = machine()
     return (
         f"{model}, {prompts} prompt{'s' if prompts != 1 else ''}, B {plan.block_size}, N {plan.steps}, alpha "
         f"{plan.alpha:g}, seed {plan.seed}{', end tokens ignored' if plan.ignore_eos else ''}; least of {plan.repeats} "
@@ -152,21 +161,20 @@ def saved(rows: Sequence[Saving]) -> str:
     return _table(head, lines)
 
 
-def report(model: str, prompts: int, result: Result, floor: Floor, savings: Sequence[Saving]) -> str:
-    """All of it."""
-    parts = [
-        heading(model, prompts, result),
-        cells(result),
-        overheads(result),
-        NOTES,
-        "### Seconds per chain-transition",
-        scaling(result),
-        "### Decode step over floor",
-        floors(floor),
-        "### Proposed tokens never run through the layers",
-        saved(savings),
-    ]
+def speed_report(result: Result) -> str:
+    """The methods side by side."""
+    parts = [cells(result), overheads(result), NOTES, "### Seconds per chain-transition", scaling(result)]
     return "\n\n".join(parts)
+
+
+def floor_report(floor: Floor) -> str:
+    """Decode steps."""
+    return f"### Decode step over floor\n\n{floors(floor)}"
+
+
+def savings_report(rows: Sequence[Saving]) -> str:
+    """What was not run."""
+    return f"### Proposed tokens never run through the layers\n\n{saved(rows)}"
 
 
 NOTES = (

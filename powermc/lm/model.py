@@ -12,6 +12,7 @@ import torch
 from powermc.errors import ArgumentError
 from powermc.lm import memory as budget
 from powermc.lm.engine import Engine
+from powermc.lm.guesses import Lookup
 from powermc.lm.oracle import DepthOracle
 from powermc.lm.pool import DEFAULT_BUDGET
 from powermc.lm.text import Text
@@ -41,6 +42,9 @@ class CausalLM(DepthOracle):
         the machine has available.
     reuse
         Whether nothing is run that has been run of the same tokens lately (`powermc.lm.pool`). It changes no draw.
+    speculate
+        How many tokens a row that decodes alone guesses from earlier text and runs in the same pass; more rows guess
+        less (`powermc.lm.guesses`). It changes no draw. 0: none.
 
     Raises `ModelError` for models that cannot be driven row by row (see `powermc.lm.decoder`).
     """
@@ -53,13 +57,17 @@ class CausalLM(DepthOracle):
         max_rows: int = 64,
         memory: int | str | None = None,
         reuse: bool = True,
+        speculate: int = 0,
         name: str | None = None,
     ) -> None:
         if max_rows < 1:
             raise ArgumentError(f"max_rows must be at least 1, got {max_rows}")
+        if speculate < 0:
+            raise ArgumentError(f"speculate must be a number of tokens >= 0, got {speculate}")
         self.memory = None if memory is None else budget.parse(memory)
         self._most = max_rows
         engine = Engine(model, max_rows, reuse=reuse)
+        engine.guesser = Lookup(speculate) if speculate else None
         super().__init__(engine, engine.decoder.layers)
         self.decoder, self.ledger = engine.decoder, engine.ledger
         self.text = Text(model, tokenizer)
@@ -75,6 +83,8 @@ class CausalLM(DepthOracle):
         device: str = "cpu",
         max_rows: int = 64,
         memory: int | str | None = None,
+        reuse: bool = True,
+        speculate: int = 0,
     ) -> CausalLM:
         """Load a model and its tokenizer.
 
@@ -86,7 +96,7 @@ class CausalLM(DepthOracle):
         if memory is not None:
             budget.parse(memory)  # before anything is read
         model, tokenizer = load(name, gguf_file=gguf_file, dtype=dtype, device=device)
-        return cls(model, tokenizer, max_rows=max_rows, memory=memory, name=name)
+        return cls(model, tokenizer, max_rows=max_rows, memory=memory, reuse=reuse, speculate=speculate, name=name)
 
     # What a run needs to know of the model.
 

@@ -12,7 +12,7 @@ import torch
 
 from powermc.errors import ArgumentError
 from powermc.evaluation.bench import METHODS, Cell, Plan, Result, Row, Times, bench, fresh, overhead
-from powermc.evaluation.bench_tables import as_dict, report
+from powermc.evaluation.bench_tables import as_dict, floor_report, heading, savings_report, speed_report
 from powermc.evaluation.floor import Floor, Step, decode_steps, floor, weight_bytes
 from powermc.evaluation.memory import peak
 from powermc.evaluation.savings import Saving, savings
@@ -125,11 +125,13 @@ def test_rates_and_ratios_by_hand() -> None:
     assert math.isnan(lost.per_second)
     machine_floor = Floor(1000, 1e9, 1e9, 3, 4, (Step(1, 3e-6, 1e-6, 2e-6),))
     saved = [Saving(4.0, 10, 100, 90, 0.2, 0.1, 0.05, 3, True)]
-    told = json.loads(json.dumps(as_dict("m", 2, found, machine_floor, saved), allow_nan=False))
+    told = json.loads(json.dumps(as_dict("m", 2, found.plan, found, machine_floor, saved), allow_nan=False))
     assert told["rows"][2]["per_second"] is None
     assert told["rows"][1]["ratio"]["raw"] == pytest.approx(3.0)
     assert told["floor"]["steps"][0]["ratio"] == pytest.approx(1.5)
-    text = report("m", 2, found, machine_floor, saved)
+    text = "\n\n".join(
+        [heading("m", 2, found.plan), speed_report(found), floor_report(machine_floor), savings_report(saved)]
+    )
     assert (
         "| 8 | powermc | 1 | 24 | 12 | 3.00 | 2.25 | 8 | 3.33 | 9.0 | 3.0 | 3.0 | 7.0 | 50% | 25% | 1.5 | - | - |"
         in text

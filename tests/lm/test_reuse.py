@@ -34,6 +34,7 @@ from powermc.sequences import (
 from powermc.targets import Power
 from powermc.testing import assert_same_kernel, enumerate_kernel, prove
 from tests.lm.families import tiny_model
+from tests.lm.test_cost import Kept
 from tests.lm.toys import PROMPT, all_paths, toy_lm
 
 COLD = 0.3
@@ -167,6 +168,26 @@ def test_layers_run_from_the_first_divergence_on() -> None:
         seen.add(k)
     assert len(seen) > 4
     assert n in seen, "a draft was the current path itself"
+
+
+def test_no_prefix_is_run_twice() -> None:
+    """Step by step, one chain: the tokens run are exactly the prefixes that were never needed before."""
+    lm = CausalLM(tiny_model("llama"), max_rows=4)
+    space = Space(frozenset({1}), 12)
+    proposal = Kept(Suffix(lm, space, Length(), COLD))
+    kernel = Metropolis(Power(SequenceProbability(lm), 2.0), proposal, early_rejection=False)
+    state = run(kernel.init(started(lm, 12)))
+    seen = {state.value.tokens[:t] for t in range(1, len(state.value))}
+    ran = []
+    for step in range(1, 121):
+        before = lm.ledger.copy()
+        state, info = run(kernel.step(Stream(3).step(step), state))
+        tokens = proposal.moves[-1].value.tokens
+        needed = {tokens[:t] for t in range(max(info["cut"], 1), len(tokens))}
+        assert info["tokens"] == lm.ledger.since(before).tokens(0, lm.depth) == len(needed - seen)
+        seen |= needed
+        ran.append(info["tokens"])
+    assert sum(ran[60:]) < 0.8 * sum(ran[:60]), "less and less is new"
 
 
 def test_the_pool_serves_what_a_rejected_draft_has_run() -> None:

@@ -9,8 +9,10 @@ from pathlib import Path as File
 import numpy as np
 import pytest
 
+from powermc import power_sample
 from powermc.lm import CausalLM
-from powermc.sequences import Prompt
+from powermc.sequences import Committed, Path, Prompt
+from powermc.types import Info, State
 from tests.lm.test_oracle_laws import deviation, sample
 from tests.lm.test_reproducibility import assert_equal_up_to_near_ties
 
@@ -50,3 +52,26 @@ def test_chains_agree_with_the_plain_forward_and_with_themselves(smollm2: Causal
     key = prompts[1].key, 0
     assert_equal_up_to_near_ties(steps[key], alone[key])
     assert all(np.isfinite(s.state.log_density) for chain in steps.values() for s in chain)
+
+
+@pytest.mark.slow
+def test_what_saves_work_changes_no_state(smollm2: CausalLM, prompts: list[Prompt]) -> None:
+    """200 transitions, float32: the same tokens with everything off and everything on, up to counted near-ties."""
+
+    def run(lm: CausalLM, early_rejection: bool) -> tuple[dict[tuple[int, int], list[Committed]], int]:
+        found: dict[tuple[int, int], list[Committed]] = {}
+
+        def keep(p: int, c: int, step: int, state: State[Path], info: Info) -> None:
+            found.setdefault((p, c), []).append(Committed(step, 0, state, info))
+
+        settings = {"max_new_tokens": 24, "block_size": 12, "steps": 25, "chains": 2, "alpha": 4.0}
+        run = power_sample(lm, prompts, **settings, early_rejection=early_rejection, callbacks=[keep])
+        return found, run.tokens
+
+    model = smollm2.decoder.model
+    plain, work = run(CausalLM(model, max_rows=8, reuse=False), False)  # type: ignore[arg-type]
+    fast, less = run(CausalLM(model, max_rows=8, speculate=15), True)  # type: ignore[arg-type]
+    assert sum(map(len, plain.values())) == 200
+    for key, steps in plain.items():
+        assert_equal_up_to_near_ties(steps, fast[key])
+    assert less < work
