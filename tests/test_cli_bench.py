@@ -102,6 +102,20 @@ def test_json_is_all_that_is_on_standard_output(cli, folder):
     assert found["settings"]["prompts"] == 1
 
 
+def test_some_tables_only_with_guesses(cli, folder):
+    """Neither the floor nor the savings let guesses in; what was not asked for is neither measured nor shown."""
+    given = ["--model", folder, "--data", folder / "prompts.jsonl", *SMALL, "--speculate", "7"]
+    code, screen, _ = cli(*given, "--tables", "floor,savings")
+    assert code == 0
+    assert "### Decode step over floor" in screen
+    assert "### Proposed tokens never run" in screen
+    assert "x published" not in screen
+    code, screen, _ = cli(*given, "--tables", "speed", "--json", "--quiet")
+    found = json.loads(screen)
+    assert (code, found["floor"], found["savings"]) == (0, None, None)
+    assert found["rows"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -113,6 +127,7 @@ def test_json_is_all_that_is_on_standard_output(cli, folder):
         (["--methods", "published,other"], "unknown method 'other'; choose from published, published-batched, powermc"),
         (["--methods", ""], "methods is empty"),
         (["--prompts", "0"], "prompts must be at least 1, got 0"),
+        (["--tables", "speed,other"], "unknown table 'other'; choose from speed, floor, savings"),
         (["--repeats", "0"], "repeats must be an integer >= 1"),
         (["--alpha", "0"], "alpha must be above 0 here"),
         (["--data", "/no/such/file"], "cannot read /no/such/file"),

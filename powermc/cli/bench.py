@@ -74,7 +74,7 @@ def run(
         show(speed_report(parts["result"]))
     if "floor" in wanted:
         notify("decode steps against the floor of this machine")
-        parts["floor"] = floor(fresh(model, reuse=False), prompts[0])
+        parts["floor"] = floor(fresh(model, reuse=False, guess=False), prompts[0])
         show(floor_report(parts["floor"]))
     if "savings" in wanted:
         notify(f"savings at alpha {', '.join(f'{alpha:g}' for alpha in ALPHAS)}")
@@ -101,7 +101,7 @@ def run(
 
 
 def _fresh(fresh: Callable[..., Any], model: Any, ignore_eos: bool, reuse: bool) -> Any:
-    return fresh(model, ignore_eos=ignore_eos, reuse=reuse)
+    return fresh(model, ignore_eos=ignore_eos, reuse=reuse, guess=False)
 
 
 def numbers(name: str, text: str) -> Sequence[int]:

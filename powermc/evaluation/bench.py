@@ -204,10 +204,13 @@ class Result:
         return Ratio(raw, whole, raw * row.proposal_length / base.proposal_length)
 
 
-def fresh(model: CausalLM, *, ignore_eos: bool = False, reuse: bool = True) -> CausalLM:
-    """The same weights with nothing run yet: no prompt, draft or buffer is kept from earlier runs."""
+def fresh(model: CausalLM, *, ignore_eos: bool = False, reuse: bool = True, guess: bool = True) -> CausalLM:
+    """The same weights with nothing run yet: no prompt, draft or buffer is kept from earlier runs.
+
+    It guesses as `model` does, or not at all.
+    """
     kept: dict[str, Any] = {"max_rows": model.max_rows, "memory": model.memory, "name": model.name}
-    speculate = 0 if model.engine.guesser is None else model.engine.guesser.tokens
+    speculate = 0 if model.engine.guesser is None or not guess else model.engine.guesser.tokens
     new = CausalLM(model.decoder.model, **kept, reuse=reuse, speculate=speculate)
     new.text.eos = frozenset() if ignore_eos else model.text.eos
     return new
