@@ -35,8 +35,9 @@ class LanguageModel(Autoregressive, Protocol):
     """What `power_sample` needs of a model; `powermc.CausalLM` is one.
 
     It may also have `max_rows` (chains under way at once), `fit(prompts, horizon, chains=..., draws=...)` (bound
-    `max_rows` by memory; see `CausalLM`), `reserve(rows, length)` (allocate before the run) and `ignored_warpers` (what
-    the checkpoint asks for and p leaves out).
+    `max_rows` by memory; see `CausalLM`), `reserve(rows, length)` (allocate before the run),
+    `forget()` (drop what earlier runs left to be reused) and `ignored_warpers` (what the checkpoint asks for and p
+    leaves out).
     """
 
     @property

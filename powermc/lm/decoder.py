@@ -266,6 +266,8 @@ class Decoder:
                 own.bias = torch.nn.Parameter(whole.bias[columns], requires_grad=False)  # type: ignore[union-attr]
         if (name := next((name for name, m in self.model.named_children() if m is whole), None)) is not None:
             setattr(stub, name, own)
+        elif columns is not None:  # all of them, taken for these, would be wrong numbers
+            raise ModelError(f"{self.name} keeps its head out of reach: use exit heads on the whole vocabulary")
         return type(self.model).forward(stub, input_ids=None, use_cache=False).logits[:, 0]  # type: ignore[arg-type]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from powermc.errors import ModelError
 from powermc.lm import CausalLM
 from powermc.lm.lean import _FEWEST, _MOST, FewRows, lean
 from powermc.scheduling import run
@@ -86,3 +87,15 @@ def test_hooks_and_replaced_modules_of_the_owner_are_seen() -> None:
     assert log_p() != pytest.approx(before, abs=1e-3)
     block.mlp.down_proj = old
     assert log_p() == pytest.approx(before, abs=1e-9)
+
+
+def test_a_head_out_of_reach_gives_all_columns_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the head is no child of the model, few columns are refused, not replaced by all of them."""
+    lm = CausalLM(tiny_model("llama"))
+    states, few = torch.randn(13, lm.engine.cost.width), torch.tensor([1, 5])
+    whole = lm.decoder.head(states)
+    torch.testing.assert_close(lm.decoder.head(states, few), whole[:, few])
+    monkeypatch.setattr(lm.decoder.model, "named_children", lambda: iter(()))
+    torch.testing.assert_close(lm.decoder.head(states), whole)
+    with pytest.raises(ModelError, match="keeps its head out of reach"):
+        lm.decoder.head(states, few)
