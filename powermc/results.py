@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 ACCEPT_TOLERANCE = 100
 """An accept decision is a near-tie if |log u - log r| is below this many times the model's `resolution`: log r sums
 hundreds of log probabilities, each good to about the resolution (1e-3 nats for a float32 model, 0 in float64)."""
-
-_MANY_ROWS, _MANY_PROMPTS = 24, 16
 
 
 @dataclass(frozen=True)
@@ -195,123 +192,10 @@ class Run:
         return counters
 
     def summary(self) -> str:
-        """One screen of plain text: settings, what each chain did, what it cost. Prompts are quoted safely."""
-        lines = self._settings_lines()
-        rows = sum(len(chains) for chains in self.chains)
-        lines += self._by_chain() if rows <= _MANY_ROWS else self._by_prompt()
-        lines += [""]
-        if self.interrupted:
-            steps = sum(chain.steps for chains in self.chains for chain in chains)
-            lines.append(f"interrupted after {steps:,} of {rows * self._steps_per_chain():,} steps")
-        lines += [f"prompt {p}, chain {c} stopped: {error}" for (p, c), error in self.errors.items()]
-        notes = [line for note in self.notes for line in _wrap(f"note: {note}")]
-        return "\n".join([*lines, *self._stage_lines(), *self._cost_lines(), *notes])
+        """One screen of plain text; see `powermc.summary.summarise`."""
+        from powermc.summary import summarise
 
-    def _steps_per_chain(self) -> int:
-        return -(-self.settings["max_new_tokens"] // self.settings["block_size"]) * self.settings["steps"]
-
-    def _settings_lines(self) -> list[str]:
-        s = self.settings
-        reward = "" if s["reward"] is None else f" exp({s['reward']}(x))"
-        blocks = -(-s["max_new_tokens"] // s["block_size"])
-        what = (
-            f"{self.model}: target p(x)^{s['alpha']:g}{reward}, proposals at temperature {s['temperature']:g}, "
-            f"cut law {s['cut']}"
-        )
-        lines = [
-            *_wrap(what),
-            f"{_count(s['chains'], 'chain')}, {_count(s['max_new_tokens'], 'token')} in {_count(blocks, 'block')}, "
-            f"{_count(s['steps'], 'step')} after each, scope {s['scope']}, seed {s['seed']}",
-        ]
-        if s["scope"] == "block":
-            lines.append("scope block: each block is exact for p^alpha given its prefix,")
-            lines.append("which is not p^alpha of the whole path")
-        return lines
-
-    def _by_chain(self) -> list[str]:
-        lines: list[str] = []
-        for p, prompt in enumerate(self.prompts):
-            lines += ["", f"prompt {p}: {shorten(prompt.text, 68)}"]
-            lines.append("  chain  tokens  end           log p   accepted     of these changed the path")
-            for c, chain in enumerate(self.chains[p]):
-                if chain.path is None:
-                    lines.append(f"  {c:<5}  nothing drawn")
-                    continue
-                steps, accepted, changed = self.acceptance(p, c)
-                lines.append(
-                    f"  {c:<5}  {len(chain.path):>6}  {self.ending(p, c):<9}  {chain.path.log_prob:>8.2f}   "
-                    f"{_share(accepted, steps):<11}  {_share(changed, accepted)}"
-                )
-        return lines
-
-    def _by_prompt(self) -> list[str]:
-        lines = ["", "prompt  chains  tokens     log p  accepted  of these changed  text"]
-        for p, prompt in enumerate(self.prompts[:_MANY_PROMPTS]):
-            paths = [chain.path for chain in self.chains[p] if chain.path is not None]
-            if not paths:
-                lines.append(f"{p:<6}  {0:>6}  nothing drawn")
-                continue
-            steps, accepted, changed = np.sum([self.acceptance(p, c) for c in range(len(self.chains[p]))], axis=0)
-            lines.append(
-                f"{p:<6}  {len(paths):>6}  {np.mean([len(x) for x in paths]):>6.1f}  "
-                f"{np.mean([x.log_prob for x in paths]):>8.2f}  {_percent(accepted, steps):>8}  "
-                f"{_percent(changed, accepted):>16}  {shorten(prompt.text, 22)}"
-            )
-        if len(self.prompts) > _MANY_PROMPTS:
-            lines.append(f"... and {len(self.prompts) - _MANY_PROMPTS} more prompts")
-        return lines
-
-    def _stage_lines(self) -> list[str]:
-        """What a screened kernel did, and the cost of its proposals beside the cost model's."""
-        facts, stages = self.early_exit, self.stages
-        lines = textwrap.wrap(facts["verdict"], 80) if "verdict" in facts else []
-        if stages is None:
-            return lines
-        fitted = f" (fitted: {', '.join(facts['fitted'])})" if facts["fitted"] else ""
-        lines += [
-            f"early exit: {facts['surrogate']};",
-            *_wrap(
-                f"      proposal {facts['proposal']}, screening exponent {facts['exponent']:.3g}, "
-                f"plain steps {facts['plain']:.0%}{fitted}"
-            ),
-            f"stage 1: {_share(stages.passed, stages.screened)} passed, {_count(stages.saved, 'completion')} saved;",
-            f"      stage 2: {_share(stages.accepted, stages.passed)} accepted; "
-            f"gated {_share(stages.gated, stages.screened + stages.gated)}, plain {stages.plain:,}",
-        ]
-        if facts["advice"]:
-            lines += textwrap.wrap(f"note: {facts['advice']}", 80)
-        if stages.screened and (cost := facts.get("cost")):
-            mid, tail, model, counted, full = (
-                f"{cost[name] / 1e9:.3g}" for name in ("c_mid", "c_tail", "model", "counted", "full_depth")
-            )
-            lines += [
-                f"GFLOP per screened proposal: {counted} counted; {full} at full depth;",
-                f"      (1-rho) C_mid + rho (C_mid + C_tail) = {model}",
-                f"      with rho {cost['rho']:.2f}, C_mid {mid}, C_tail {tail}",
-            ]
-        if facts.get("kl_positions"):
-            lines += [
-                f"KL(p||p~) on completed tails: {facts['kl']:.2f} nats "
-                f"({_count(facts['kl_positions'], 'position')}, survivors only);",
-                "      held out " + ("unknown" if math.isnan(facts["kl_held_out"]) else f"{facts['kl_held_out']:.2f}"),
-            ]
-        return lines
-
-    def _cost_lines(self) -> list[str]:
-        cost, ties = self.cost.as_dict(), self.near_ties
-        depths = ", ".join(f"{n:,} at layers {depth}" for depth, n in cost["tokens_by_depth"].items())
-        rate = self.tokens / self.seconds if self.seconds > 0 else 0.0
-        spent = f"cost: {_count(self.tokens, 'token')} evaluated in {self.seconds:.1f} s ({rate:,.0f} tokens/s):"
-        one = f"{spent} {depths};"
-        lines = [
-            *([one] if len(one) <= 80 else [spent, *_wrap(f"      {depths};")]),
-            f"      {_count(self.cost.ticks, 'sequential step')}, {_count(self.cost.prefills, 'prefill')}",
-        ]
-        if self.resolution > 0:
-            drawn, decided = _count(ties["tokens"], "token"), _count(ties["accepts"], "accept decision")
-            line = f"near-ties (another batch shape could turn them): {drawn}, {decided}"
-            lines += [line] if len(line) <= 80 else [line[: -len(decided) - 1], f"      {decided}"]
-        return lines
+        return summarise(self)
 
     def ending(self, prompt: int, chain: int) -> str:
         """How the last path ends: "finished", "cut at T" (the horizon), or "growing" if the run stopped first."""
@@ -390,19 +274,3 @@ def jsonable(value: Any) -> Any:
 
 def _plain(values: np.ndarray) -> list[Any]:
     return [None if isinstance(v, float) and not math.isfinite(v) else v for v in values.tolist()]
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part}/{whole} {_percent(part, whole)}" if whole else "-"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{part / whole:.0%}" if whole else "-"
-
-
-def _wrap(text: str) -> list[str]:
-    return textwrap.wrap(text, 80, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False)
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
