@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
@@ -11,19 +10,10 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from powermc.visible import visible
+
 if TYPE_CHECKING:
     from powermc.results import Run
-
-_UNSAFE = {"Cc", "Cs", "Co", "Cn", "Zl", "Zp"}
-# Characters that reorder, hide or end text; other format characters (joiners in emoji and scripts) are harmless.
-_BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
-
-
-def visible(text: str) -> str:
-    """The same text with control characters as escapes (\\x1b); newlines and tabs stay."""
-    return "".join(
-        c if c in "\n\t" or not (unicodedata.category(c) in _UNSAFE or c in _BIDI) else repr(c)[1:-1] for c in text
-    )
 
 
 def console(stream: TextIO | None = None) -> Console:
