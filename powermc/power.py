@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from powermc.choices import Stream
-from powermc.early_exit import Prepared, prepare
+from powermc.early_exit import prepare
 from powermc.errors import ArgumentError, ChainError
-from powermc.results import Chain, Run
-from powermc.sampling import Records, check_callbacks, without_cache
-from powermc.scheduling import Event, Failed, drive
-from powermc.sequences.growth import BlockwisePower, Committed, Grown
+from powermc.recording import Callback, Decoder, Memory, Recorder
+from powermc.results import Run
+from powermc.sampling import check_callbacks, check_count
 from powermc.sequences.model import Autoregressive
-from powermc.sequences.path import Path, Prompt, Space, Tokens
+from powermc.sequences.path import Prompt, Space, Tokens
 from powermc.settings import Settings
-from powermc.types import Field, Fields, Info, State
 
 if TYPE_CHECKING:
     from powermc.lm.ledger import Ledger
@@ -65,10 +59,6 @@ class LanguageModel(Autoregressive, Protocol):
         ...
 
 
-Callback = Callable[[int, int, int, State[Path], Info], None]
-"""Called as (prompt, chain, step, state, info) after every committed step; steps count over all blocks."""
-
-
 def power_sample(
     model: LanguageModel | str | os.PathLike[str],
     prompts: str | Prompt | Sequence[str | Prompt],
@@ -98,6 +88,8 @@ def power_sample(
     delta: float | None = None,
     gated: float | None = None,
     aggregate: str = "max",
+    draws: int | None = None,
+    thin: int = 1,
     progress: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
@@ -122,6 +114,11 @@ def power_sample(
         The horizon T: a path ends at its first end token, at a stop string, or here.
     block_size, steps
         Tokens per block, and kernel steps after each block.
+    draws
+        Kernel steps after the last block, None for `steps`: the draws from the target. More of them go on from where
+        fewer end.
+    thin
+        Keep the path after every so manyth of these steps. What happened in each step is kept of all.
     chains
         Independent chains per prompt.
     scope
@@ -204,7 +201,9 @@ def power_sample(
         delta=delta,
         gated=gated,
         aggregate=aggregate,
+        draws=draws,
     )
+    check_count("thin", thin, least=1)
     given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
     settings.check_prompts(given)
     check_callbacks(callbacks)
@@ -224,174 +223,41 @@ def power_sample(
     _fit(model, ready, settings)  # for what runs before the chains
     prepared = prepare(model, settings, ready, space)
     plan = settings.schedule(model, space, model.decode, prepared.screening)
-    return _Recorder(model, plan, ready, settings, prepared).run(callbacks, progress)
+    points = {(p, c): None for p in range(len(ready)) for c in range(chains)}
+    fit = _fit(model, ready, settings)
+    journal = Memory(plan, ready, chains, Decoder(model), thin)
+    recorder = Recorder(
+        model,
+        plan,
+        ready,
+        settings,
+        prepared,
+        journal,
+        points,
+        rows=min(getattr(model, "max_rows", ACTIVE), len(points)),
+        notes=() if fit is None or fit.note is None else (fit.note,),
+    )
+    run = recorder.run(callbacks, progress)
+    _tell(run, recorder.errors)
+    return run
 
 
-class _Recorder:
-    """Runs the chains and writes down what they commit."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        plan: BlockwisePower,
-        prompts: list[Prompt],
-        settings: Settings,
-        prepared: Prepared,
-    ) -> None:
-        self.prepared = prepared
-        self.model, self.plan, self.prompts, self.settings = model, plan, prompts, settings
-        self.chains, self.steps = settings.chains, plan.blocks * plan.steps
-        fields: Fields = {
-            **plan.stage(0).kernel.fields,
-            "block": Field("int32", -1),
-            "log_p": Field("float64", math.nan),
-            "log_density": Field("float64", math.nan),
-            "length": Field("int32", 0),
-        }
-        keys = [(p, c) for p in range(len(prompts)) for c in range(self.chains)]
-        self.records = [Records(fields, (self.chains, self.steps)) for _ in prompts]
-        self.last: dict[tuple[int, int], Path] = {}
-        self.draws: dict[tuple[int, int], list[Path]] = {key: [] for key in keys}
-        self.taken = dict.fromkeys(keys, 0)
-        self.grown = dict.fromkeys(keys, 0)
-        self.ties = dict.fromkeys(keys, 0)
-        self.errors: dict[tuple[int, int], ChainError] = {}
-        self.interrupted = False
-
-    def run(self, callbacks: Sequence[Callback], progress: bool) -> Run:
-        model, plan = self.model, self.plan
-        fit = _fit(model, self.prompts, self.settings)
-        self.notes = () if fit is None or fit.note is None else (fit.note,)
-        self.rows = active = min(getattr(model, "max_rows", ACTIVE), len(self.taken))
-        if (reserve := getattr(model, "reserve", None)) is not None:
-            longest = max(len(prompt.ids) for prompt in self.prompts)
-            reserve(active, longest + plan.space.horizon)
-        if (forget := getattr(model, "forget", None)) is not None:
-            forget()
-        milestones, reached = work(plan), dict.fromkeys(self.taken, 0.0)
-        before, begun = model.ledger.copy(), time.monotonic()
-        programs = (
-            (
-                (p, c),
-                plan.program(Stream(self.settings.seed, prompt=self.prompts[p].key, chain=c).step, self.prompts[p]),
-            )
-            for p, c in self.taken
-        )
-        with ExitStack() as stack:
-            display = None
-            if progress:
-                from powermc.progress import Progress
-
-                display = Progress(
-                    steps=len(self.taken) * self.steps,
-                    work=len(self.taken) * milestones[-1][-1],
-                    tokens=lambda: model.ledger.decoded + model.ledger.prefilled,
-                )
-                stack.enter_context(display)
-            if self.prepared.drift is not None:
-                stack.enter_context(self.prepared.drift.watching())
-            outcomes = stack.enter_context(closing(drive(programs, active=active)))  # type: ignore[type-var]
-            try:
-                for outcome in outcomes:
-                    key = cast("tuple[int, int]", outcome.key)
-                    event = outcome.value if isinstance(outcome, Event) else None
-                    at = milestones[-1][-1]  # nothing is left of a chain that has finished or failed
-                    if isinstance(outcome, Failed):
-                        self.errors[key] = outcome.error
-                    elif isinstance(event, Grown):
-                        self._grow(key, event)
-                        at = milestones[event.block][0]
-                    elif isinstance(event, Committed):
-                        self._commit(key, event)
-                        self.prepared.check_drift()
-                        at = milestones[event.block][1 + event.step % plan.steps]
-                        for callback in callbacks:
-                            callback(*key, event.step, event.state, event.info)
-                    if display is not None:
-                        if isinstance(event, Committed):
-                            display.step(event.info, at - reached[key])
-                        else:
-                            display.add(at - reached[key])
-                        reached[key] = at
-            except KeyboardInterrupt:
-                self.interrupted = True
-        return self._result(model.ledger.since(before), time.monotonic() - begun)
-
-    def _grow(self, key: tuple[int, int], event: Grown) -> None:
-        before = len(self.last[key]) if key in self.last else 0
-        self.last[key] = without_cache(event.path)
-        self.grown[key] += len(event.path) - before
-        self.ties[key] += event.near_ties
-
-    def _commit(self, key: tuple[int, int], event: Committed) -> None:
-        path = without_cache(event.state.value)
-        own = {
-            "block": event.block,
-            "log_p": path.log_prob,
-            "log_density": event.state.log_density,
-            "length": len(path),
-        }
-        self.records[key[0]].write((key[1], event.step), {**event.info, **own})
-        self.last[key] = path
-        if event.block == self.plan.blocks - 1:
-            self.draws[key].append(path)
-        self.taken[key] += 1
-
-    def _result(self, cost: Ledger, seconds: float) -> Run:
-        if (
-            self.errors
-            and not self.interrupted
-            and len(self.errors) == len(self.taken)
-            and not any(self.draws.values())
-        ):
-            raise next(iter(self.errors.values()))
-        texts: dict[Tokens, str | None] = {}
-
-        def decode(path: Path) -> str | None:
-            if path.tokens not in texts:
-                try:
-                    texts[path.tokens] = self.model.decode(path.tokens)
-                except ArgumentError:  # a model without a tokenizer
-                    texts[path.tokens] = None
-            return texts[path.tokens]
-
-        def chain(key: tuple[int, int]) -> Chain:
-            path = self.last.get(key)
-            return Chain(
-                path,
-                None if path is None else decode(path),
-                tuple(self.draws[key]),
-                tuple(decode(x) for x in self.draws[key]),
-                self.taken[key],
-                self.grown[key],
-                self.ties[key],
-                self.errors.get(key),
-            )
-
-        for (p, c), error in self.errors.items():
-            text = f"prompt {p}, chain {c} stopped after {self.taken[p, c]} steps: {error}"
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
-        infos = tuple(records.arrays for records in self.records)
-        return Run(
-            model=self.model.name,
-            settings={**self.settings.as_dict(), "temperature": self.plan.q_temperature, "rows": self.rows},
-            prompts=tuple(self.prompts),
-            chains=tuple(tuple(chain((p, c)) for c in range(self.chains)) for p in range(len(self.prompts))),
-            infos=infos,
-            early_exit=self.prepared.result(self.model, infos, self.prompts, cost),
-            cost=cost,
-            seconds=seconds,
-            resolution=self.model.resolution,
-            ignored_warpers=dict(getattr(self.model, "ignored_warpers", {})),
-            interrupted=self.interrupted,
-            notes=self.notes,
-        )
+def _tell(run: Run, errors: Mapping[tuple[int, int], ChainError]) -> None:
+    """Warn of the chains that failed; raise if that is all there is."""
+    chains = [chain for row in run.chains for chain in row]
+    if errors and not run.interrupted and all(chain.error and not chain.draws for chain in chains):
+        raise next(iter(errors.values()))
+    for (p, c), error in errors.items():
+        text = f"prompt {p}, chain {c} stopped after {run.chains[p][c].steps} steps: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _fit(model: LanguageModel, prompts: Sequence[Prompt], settings: Settings) -> Any:
     """Bound the model's rows by memory, where it can be asked to; None where it cannot."""
     fit = getattr(model, "fit", None)
-    return fit and fit(prompts, settings.max_new_tokens, chains=settings.chains, draws=settings.steps)
+    blocks = -(-settings.max_new_tokens // settings.block_size)
+    left = (blocks - 1) * settings.steps + (settings.steps if settings.draws is None else settings.draws)
+    return fit and fit(prompts, settings.max_new_tokens, chains=settings.chains, draws=left)
 
 
 def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -406,21 +272,6 @@ def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
         occurrence = seen[key] = seen.get(key, -1) + 1
         result.append(replace(prompt, key=_hash((key, occurrence)) if occurrence else key))
     return result
-
-
-def work(plan: BlockwisePower) -> list[list[float]]:
-    """Tokens a chain is expected to have drawn after the growth of each block, and after each step on it.
-
-    For the time left only: as if no path ended early.
-    """
-    total, milestones = 0.0, []
-    for block in range(plan.blocks):
-        start = block * plan.block_size
-        end = min(start + plan.block_size, plan.space.horizon)
-        span = end - start if plan.scope == "block" else end
-        milestones.append([total + end - start + i * (span + 1) / 2 for i in range(plan.steps + 1)])
-        total = milestones[-1][-1]
-    return milestones
 
 
 def _hash(value: object) -> int:

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +38,8 @@ class Chain:
         The same decoded, without special tokens; None too for a model without a tokenizer.
     draws
         The path after each kernel step on the last block: the draws from the target over whole paths. (With scope
-        "block", from the target of the last block given the chain's earlier ones.)
+        "block", from the target of the last block given the chain's earlier ones.) Where the run was thinned, those
+        that were kept.
     draw_texts
         The same decoded.
     steps
@@ -49,6 +50,10 @@ class Chain:
         Of these, how many could have been another token by rounding.
     error
         What ended the chain early, or None.
+    history
+        The path after every step of all blocks, None where it was thinned away.
+    starts
+        Block to the path that its growth left, for the blocks that extended it.
     """
 
     path: Path | None
@@ -59,6 +64,8 @@ class Chain:
     grown: int
     growth_near_ties: int
     error: ChainError | None
+    history: tuple[Path | None, ...] = ()
+    starts: Mapping[int, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,12 @@ class Run:
         Whether Ctrl-C ended the run.
     notes
         What else the user should know, such as rows bounded by memory.
+    proposals
+        proposals[prompt][chain][step]: int32, the tokens drawn by that step after its cut (of an abandoned draft,
+        those drawn by then; of a substitution, without the kept tail); None where nothing was drawn or kept.
+    pieces
+        Token id to its text by itself, for every token that occurs; empty for a model without a tokenizer. Text split
+        within a character is only right as a whole.
     """
 
     model: str
@@ -108,6 +121,8 @@ class Run:
     ignored_warpers: Mapping[str, Any]
     interrupted: bool
     notes: tuple[str, ...] = ()
+    proposals: tuple[tuple[tuple[np.ndarray | None, ...], ...], ...] = ()
+    pieces: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def texts(self) -> list[list[str | None]]:

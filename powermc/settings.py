@@ -62,6 +62,7 @@ class Settings:
     delta: float | None = None
     gated: float | None = None
     aggregate: str = "max"
+    draws: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -73,6 +74,8 @@ class Settings:
             _check_number("temperature", self.temperature)
         for name, least in (("max_new_tokens", 1), ("block_size", 1), ("steps", 0), ("chains", 1)):
             check_count(name, getattr(self, name), least=least)
+        if self.draws is not None:
+            check_count("draws", self.draws, least=0)
         for text in stop:
             if not isinstance(text, str) or not text:
                 raise ArgumentError(f"stop strings must be strings of at least one character, got {text!r}")
@@ -152,6 +155,7 @@ class Settings:
             tilt=tilt,
             screening=screening,
             early_rejection=self.early_rejection,
+            draws=self.draws,
         )
 
     def check_prompts(self, prompts: Sequence[Any]) -> None:

@@ -26,7 +26,8 @@ from powermc import (
     ZeroProbability,
     power_sample,
 )
-from powermc.power import distinct, work
+from powermc.power import distinct
+from powermc.recording import work
 from powermc.settings import Settings
 from powermc.testing import enumerate_outcomes, paths_of
 from powermc.toy.tabular import TabularRow
@@ -78,7 +79,8 @@ def test_final_paths_draws_and_infos_fit_together():
 def test_infos_have_the_declared_dtypes():
     run = power_sample(FakeLM(), "a", **SMALL)
     model = FakeLM()
-    declared = BlockwisePower(model, model.space(12), 2.0).stage(0).kernel.fields
+    declared = dict(BlockwisePower(model, model.space(12), 2.0).stage(0).kernel.fields)
+    assert declared.pop("proposed").dtype == "object"  # these are in `Run.proposals`
     dtypes = {name: values.dtype for name, values in run.infos[0].items()}
     assert {name: np.dtype(f.dtype) for name, f in declared.items()}.items() <= dtypes.items()
     own = set(dtypes) - set(declared)
@@ -163,6 +165,63 @@ def test_a_long_run_draws_from_the_power_distribution():
     assert np.abs(base - law).max() > 0.2
 
 
+def test_every_path_and_every_proposal_is_there():
+    """From the history, the cuts and the proposals alone: an accepted step's path is its proposal after the cut."""
+    run = power_sample(FakeLM(), ["a", "b"], **SMALL)
+    abandoned = changed = 0
+    for p, info in enumerate(run.infos):
+        for c, chain in enumerate(run.chains[p]):
+            assert len(chain.history) == chain.steps == len(run.proposals[p][c]) == 9
+            assert chain.history[-3:] == chain.draws
+            assert [len(path) for path in chain.history] == info["length"][c].tolist()
+            for step, (path, proposed) in enumerate(zip(chain.history, run.proposals[p][c], strict=True)):
+                cut, block = int(info["cut"][c, step]), int(info["block"][c, step])
+                before = chain.history[step - 1] if step % 3 else chain.starts.get(block, chain.history[step - 1])
+                assert (proposed is None) == bool(info["null"][c, step])
+                if proposed is None:
+                    assert path == before
+                    continue
+                assert proposed.dtype == np.int32
+                assert len(proposed) == info["proposal_length"][c, step]
+                new = (*before.tokens[:cut], *proposed.tolist())
+                assert path.tokens == (new if info["accepted"][c, step] else before.tokens)
+                abandoned += bool(info["abandoned"][c, step])
+                changed += bool(info["changed"][c, step])
+    assert abandoned
+    assert changed
+    used = {t for chains in run.chains for chain in chains for path in chain.history for t in path.tokens}
+    assert used <= run.pieces.keys()
+    assert all(run.pieces[t] == FakeLM().decode((t,)) for t in run.pieces)
+
+
+def test_draws_are_the_steps_on_the_last_block():
+    few = power_sample(FakeLM(), "a", **SMALL)
+    more = power_sample(FakeLM(), "a", **SMALL, draws=7)
+    assert few.settings["draws"] == 3
+    assert more.settings["draws"] == 7
+    assert more.infos[0]["block"].tolist() == [[0] * 3 + [1] * 3 + [2] * 7] * 2
+    for name in few.infos[0]:
+        assert few.infos[0][name].tobytes() == more.infos[0][name][:, :9].tobytes()
+    for one, other in zip(few.chains[0], more.chains[0], strict=True):
+        assert one.draws == other.draws[:3]
+        assert len(other.draws) == 7
+        assert other.draws[-1] == other.path
+    none = power_sample(FakeLM(), "a", **SMALL, draws=0)
+    assert none.infos[0]["block"].shape == (2, 6)
+    assert none.draws == [[(), ()]]
+
+
+def test_thinned_runs_keep_some_paths_and_all_infos():
+    every = power_sample(FakeLM(), "a", **SMALL, draws=8)
+    third = power_sample(FakeLM(), "a", **SMALL, draws=8, thin=3)
+    assert all(every.infos[0][n].tobytes() == third.infos[0][n].tobytes() for n in every.infos[0])
+    for one, other in zip(every.chains[0], third.chains[0], strict=True):
+        assert other.draws == (one.draws[2], one.draws[5])
+        assert other.path == one.path
+        assert other.steps == one.steps == 14
+        assert [path is None for path in other.history] == [False] * 6 + [True, True, False] * 2 + [True, True]
+
+
 # Arguments.
 
 
@@ -174,6 +233,7 @@ def test_settings_have_the_defaults_of_power_sample():
     assert set(signature) - {f.name for f in dataclass_fields(Settings)} == {
         "model",
         "prompts",
+        "thin",
         "progress",
         "callbacks",
     }
@@ -193,6 +253,9 @@ BAD = [
     ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
     ({"block_size": 2.5}, "block_size must be an integer >= 1, got 2.5"),
     ({"steps": -1}, "steps must be an integer >= 0, got -1"),
+    ({"draws": -1}, "draws must be an integer >= 0, got -1"),
+    ({"draws": 1.5}, "draws must be an integer >= 0, got 1.5"),
+    ({"thin": 0}, "thin must be an integer >= 1, got 0"),
     ({"chains": 0}, "chains must be an integer >= 1, got 0"),
     ({"scope": "word"}, "unknown scope 'word'; choose one of sequence, block"),
     ({"cut": "middle"}, "unknown cut law 'middle'; choose one of length, horizon, block, entropy"),

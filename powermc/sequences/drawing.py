@@ -18,9 +18,10 @@ DRAWN: Fields = {
     "proposal_length": Field("int32", 0),
     "tokens": Field("int32", 0),
     "near_ties": Field("int32", 0),
+    "proposed": Field("object", None),
 }
 """What a proposal of tokens tells: where it cut, how many tokens it drew, how many it ran through the model (fewer
-where some were known), and how many draws rounding could have changed."""
+where some were known), how many draws rounding could have changed, and the tokens drawn (`Tokens`, without scores)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,8 @@ class Block:
 
     def info(self) -> Info:
         """`DRAWN` but the cut."""
-        return {"proposal_length": len(self.scores), "tokens": self.ran, "near_ties": self.near_ties}
+        drawn = self.tokens[self.cut :]
+        return {"proposal_length": len(drawn), "tokens": self.ran, "near_ties": self.near_ties, "proposed": drawn}
 
 
 def _agreement(a: Tokens, b: Tokens) -> int:

@@ -43,6 +43,14 @@ class Grown(NamedTuple):
     near_ties: int
 
 
+class Point(NamedTuple):
+    """Where a chain stands: on `path`, which has grown by `block` (counted from 0), `done` kernel steps later."""
+
+    block: int
+    done: int
+    path: Path
+
+
 class Stage(NamedTuple):
     """One block of the schedule: the space up to its end, and the kernel that runs there."""
 
@@ -64,6 +72,8 @@ class BlockwisePower:
         Of the proposal; None for min(1, 1/alpha). Independent of alpha.
     block_size, steps
         B tokens per block and N kernel steps after each.
+    draws
+        Kernel steps on the last block, if other than `steps`: the draws from the target over whole paths.
     scope
         "sequence" or "block" (see the module's docstring).
     cut
@@ -90,6 +100,7 @@ class BlockwisePower:
     tilt: Callable[[Target[Path]], Target[Path]] | None = None
     screening: Screening | None = None
     early_rejection: bool = True
+    draws: int | None = None
 
     def __post_init__(self) -> None:
         self.base_target()
@@ -98,6 +109,8 @@ class BlockwisePower:
             raise ArgumentError(f"block size must be at least 1 token, got {self.block_size}")
         if self.steps < 0:
             raise ArgumentError(f"steps per block must be at least 0, got {self.steps}")
+        if self.draws is not None and self.draws < 0:
+            raise ArgumentError(f"draws must be at least 0, got {self.draws}")
         if self.scope not in SCOPES:
             raise ArgumentError(f"unknown scope {self.scope!r}; choose one of {', '.join(SCOPES)}")
         if self.cut not in CUT_LAWS:
@@ -123,6 +136,15 @@ class BlockwisePower:
         """How many blocks cover the horizon."""
         return -(-self.space.horizon // self.block_size)
 
+    def steps_on(self, block: int) -> int:
+        """Kernel steps on one block, counted from 0."""
+        return self.draws if self.draws is not None and block == self.blocks - 1 else self.steps
+
+    @property
+    def total(self) -> int:
+        """Kernel steps of a chain, all blocks together."""
+        return (self.blocks - 1) * self.steps + self.steps_on(self.blocks - 1)
+
     def stage(self, block: int) -> Stage:
         """The space and kernel of one block, counted from 0."""
         start = block * self.block_size
@@ -140,25 +162,33 @@ class BlockwisePower:
         """The path with the model's scores in front: a screened step may leave the surrogate's there."""
         return path.view(self.model) or path
 
-    def program(self, choices: Callable[[int], Choices], prompt: Prompt) -> Steps[State[Path]]:
+    def program(
+        self, choices: Callable[[int], Choices], prompt: Prompt, start: Point | None = None
+    ) -> Steps[State[Path]]:
         """One chain: yields requests, `Grown` and `Committed` events, and returns its last state.
 
-        `choices(i)` are the choices of growth or step i; growth of block k is i = k (steps + 1).
+        `choices(i)` are the choices of growth or step i; growth of block k is i = k (steps + 1), so that more draws
+        only go on. From `start` on it does what the whole program does after it: the path there is scored once, which
+        gives it its activations back, and nothing before it is asked for again.
         """
         exponent = 1.0 / self.q_temperature
-        path = yield self.model.score(Path(prompt, (), finished=False), (exponent,))
+        first = 0 if start is None else start.block
+        empty = Path(prompt, (), finished=False)
+        path = yield self.model.score(empty if start is None else start.path, (exponent,))
         state: Any = None
-        for block in range(self.blocks):
+        for block in range(first, self.blocks):
             stage = self.stage(block)
-            at = block * (self.steps + 1)
-            if not path.finished:
+            at, done = block * (self.steps + 1), 0
+            if start is not None and block == first:
+                done = start.done
+            elif not path.finished:
                 path = yield from scored(self.model, path, (exponent,))  # steps may have scored it by other laws only
                 path, ran, ties = yield from draft(
                     self.model, stage.space, path, len(path), self.q_temperature, choices(at).at("grow")
                 )
                 yield Grown(block, path, ran, ties)
             state = yield from stage.kernel.init(path)
-            for i in range(self.steps):
+            for i in range(done, self.steps_on(block)):
                 state, info = yield from stage.kernel.step(choices(at + 1 + i), state)
                 state = State(self._own(state.value), state.log_density)
                 yield Committed(block * self.steps + i, block, state, info)

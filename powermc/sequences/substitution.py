@@ -36,7 +36,8 @@ class Substitution:
     rule that now holds earlier, or at the end no longer (`outside`).
 
     Info: `cut` (m); `proposal_length` (tokens drawn); `tokens` (tokens run through the model); `near_ties` (draws that
-    rounding could have changed); `outside`. Raises `ArgumentError` for `tokens` below 1.
+    rounding could have changed); `proposed` (the tokens drawn, without the kept tail); `outside`. Raises
+    `ArgumentError` for `tokens` below 1.
     """
 
     model: Models

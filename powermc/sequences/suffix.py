@@ -61,7 +61,7 @@ class Suffix:
     end; so is what a subclass drafts that has a ratio of its own.
 
     Info: `cut`; `proposal_length` (tokens drawn); `tokens` (tokens run through the model); `near_ties` (draws that
-    rounding could have changed).
+    rounding could have changed); `proposed` (the tokens drawn: of an abandoned draft, those drawn by then).
     """
 
     model: Models
