@@ -1,0 +1,216 @@
+"""What a report shows of a run, as plain numbers and strings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from powermc import config, series
+from powermc.report.packing import Alphabet, alphabet, numbers, short
+from powermc.report.walk import tokens_of, walk
+from powermc.results import jsonable
+from powermc.visible import visible
+
+if TYPE_CHECKING:
+    from powermc.results import Run
+
+_RANK_BINS = 20
+
+
+@dataclass(frozen=True)
+class Report:
+    """text: what the template prints. run, prompts[prompt], chains[prompt, chain]: the page's JSON blocks."""
+
+    text: Mapping[str, Any]
+    run: Mapping[str, Any]
+    prompts: list[Mapping[str, Any]]
+    chains: Mapping[tuple[int, int], Mapping[str, Any]]
+
+
+def report(run: Run) -> Report:
+    """Everything the report of a run says."""
+    letters = _alphabet(run)
+    return Report(
+        _text(run),
+        {
+            "prompts": len(run.prompts),
+            "pieces": letters.pieces,
+            "bytes": letters.bytes,
+            "special": _special(run, letters),
+            "substitution": run.early_exit.get("proposal") == "substitution",
+            "cost": _cost(run),
+            "warnings": _warnings(run),
+        },
+        [_prompt(run, p) for p in range(len(run.prompts))],
+        {
+            (p, c): walk(chain, c, run.infos[p], _proposals(run, p, c), letters)
+            for p, chains in enumerate(run.chains)
+            for c, chain in enumerate(chains)
+        },
+    )
+
+
+def _proposals(run: Run, p: int, c: int) -> tuple[np.ndarray | None, ...]:
+    return run.proposals[p][c] if run.proposals else ()
+
+
+def _alphabet(run: Run) -> Alphabet:
+    ids: set[int] = set()
+    for p, chains in enumerate(run.chains):
+        for c, chain in enumerate(chains):
+            ids |= tokens_of(chain)
+            ids.update(*(tokens.tolist() for tokens in _proposals(run, p, c) if tokens is not None))
+    return alphabet(ids, run.pieces)
+
+
+def _special(run: Run, letters: Alphabet) -> list[int]:
+    """Tokens that ended a path and are no part of its text."""
+    found = set()
+    for chain in (chain for chains in run.chains for chain in chains):
+        if chain.path is not None and chain.path.finished and chain.text is not None:
+            piece = run.pieces.get(chain.path.tokens[-1], "")
+            if not piece or not chain.text.endswith(piece):
+                found.add(chain.path.tokens[-1])
+    return np.searchsorted(letters.ids, sorted(found)).tolist()
+
+
+def _text(run: Run) -> dict[str, Any]:
+    s = run.settings
+    names = [f"{p}: {_short(prompt.text, 40)}" for p, prompt in enumerate(run.prompts)]
+    return {
+        "title": f"{visible(run.model)}: powermc",
+        "heading": visible(run.model),
+        "lead": _lead(run),
+        "figures": _figures(run),
+        "prompts": len(run.prompts),
+        "prompt_names": names,
+        "cost_sentence": _cost_sentence(run),
+        "configuration_hint": "As TOML: powermc sample --config FILE repeats the run.",
+        "configuration": config.from_settings(s, run.model, prompts=[prompt.text for prompt in run.prompts]),
+        "facts": visible(json.dumps(jsonable(dict(run.early_exit)), indent=1, default=str, ensure_ascii=False))
+        if len(run.early_exit) > 1
+        else "",
+    }
+
+
+def _lead(run: Run) -> str:
+    s, facts = run.settings, run.early_exit
+    reward = "" if s["reward"] is None else f" exp({s['reward']}(x))"
+    kernel = "Metropolis\u2013Hastings" if "surrogate" not in facts else f"early exit by {facts['surrogate']}"
+    parts = [
+        f"Target p(x)^{s['alpha']:g}{reward}",
+        kernel,
+        f"proposals at temperature {s['temperature']:g}",
+        f"up to {s['max_new_tokens']} tokens",
+        f"seed {s['seed']}",
+    ]
+    return visible(", ".join(parts) + ".")
+
+
+def _figures(run: Run) -> list[dict[str, str]]:
+    chains = [chain for row in run.chains for chain in row]
+    steps = sum(chain.steps for chain in chains)
+    accepted, changed = (sum(int(info[name].sum()) for info in run.infos) for name in ("accepted", "changed"))
+    rows = [
+        ("prompts", f"{len(run.prompts):,}", ""),
+        ("chains", f"{len(chains):,}", ""),
+        ("steps", f"{steps:,}", ""),
+        ("accepted", f"{accepted / steps:.0%}" if steps else "\u2013", ""),
+        ("changed the path", f"{changed / steps:.0%}" if steps else "\u2013", ""),
+        ("time", *_duration(run.seconds)),
+    ]
+    return [{"name": n, "value": v, "unit": u} for n, v, u in rows if n != "prompts" or len(run.prompts) > 1]
+
+
+def _duration(seconds: float) -> tuple[str, str]:
+    if seconds < 120:
+        return f"{seconds:.1f}", "s"
+    return (f"{seconds / 60:.0f}", "min") if seconds < 7200 else (f"{seconds / 3600:.1f}", "h")
+
+
+def _cost_sentence(run: Run) -> str:
+    cost = run.cost
+    rate = f" ({run.tokens / run.seconds:,.0f} per second)" if run.seconds > 0 else ""
+    flops = f", {_si(cost.flops)}FLOP" if cost.flops else ""
+    return (
+        f"{run.tokens:,} tokens evaluated in {' '.join(_duration(run.seconds))}{rate}, by {cost.ticks:,} sequential "
+        f"steps and {cost.prefills:,} parallel passes{flops}."
+    )
+
+
+def _si(value: float) -> str:
+    power = min(int(math.log10(value)) // 3, 6) if value >= 1 else 0
+    return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}"
+
+
+def _short(text: str, width: int) -> str:
+    flat = visible(" ".join(text.split()))
+    return flat if len(flat) <= width else flat[: width - 1] + "\u2026"
+
+
+def _cost(run: Run) -> dict[str, Any]:
+    shares, unit = series.costs(run.cost)
+    return {"unit": unit, "rows": [{"name": s.name, "amount": s.amount, "head": s.head} for s in shares]}
+
+
+def _warnings(run: Run) -> list[str]:
+    warned = [f"prompt {p}, chain {c} stopped early: {error}" for (p, c), error in run.errors.items()]
+    if run.interrupted:
+        warned.append("The run was interrupted before its end.")
+    return [visible(text) for text in [*warned, *run.notes]]
+
+
+def _prompt(run: Run, p: int) -> dict[str, Any]:
+    prompts = [p]
+    cuts, funnel = series.cuts(run, prompts), series.funnel(run, prompts)
+    return {
+        "text": visible(run.prompts[p].text) or f"{len(run.prompts[p].ids)} token ids, no text",
+        "chains": [_chain(run, p, c) for c in range(len(run.chains[p]))],
+        "block_starts": series.block_starts(run, p),
+        "log_p": _rows(series.trace(run, p), run, p),
+        "spent": _rows(series.spent(run, p), run, p),
+        "ranks": _ranks(run, p),
+        "cuts": {
+            "labels": [f"{a + 1}\u2013{b}" if b > a + 1 else f"{b}" for a, b in pairwise(cuts.edges.tolist())],
+            **{name: getattr(cuts, name).tolist() for name in ("proposed", "accepted", "changed")},
+        },
+        "funnel": {
+            "blocks": funnel.blocks.tolist(),
+            "stages": [{"name": name, "counts": counts.tolist()} for name, counts in funnel.stages],
+        },
+        "diagnostics": {"head": [], "rows": []},
+        "warnings": [],
+    }
+
+
+def _chain(run: Run, p: int, c: int) -> dict[str, Any]:
+    chain = run.chains[p][c]
+    steps, accepted, changed = run.acceptance(p, c)
+    return {
+        "text": None if chain.text is None else visible(chain.text),
+        "log_p": None if chain.path is None else short(chain.path.log_prob),
+        "length": None if chain.path is None else len(chain.path),
+        "ending": run.ending(p, c),
+        "steps": steps,
+        "accepted": accepted,
+        "changed": changed,
+        "error": None if chain.error is None else visible(str(chain.error)),
+    }
+
+
+def _rows(values: np.ndarray, run: Run, p: int) -> list[list[Any]]:
+    """One list per chain, as long as it took steps."""
+    return [numbers(row[: run.chains[p][c].steps]) for c, row in enumerate(values)]
+
+
+def _ranks(run: Run, p: int) -> dict[str, Any] | None:
+    values = series.draws(run, p)
+    if len(values) < 2 or values.shape[1] < _RANK_BINS or len(values) < len(run.chains[p]):
+        return None
+    return {"counts": series.ranks(values, _RANK_BINS).tolist(), "expected": values.shape[1] / _RANK_BINS}

@@ -1,0 +1,173 @@
+// Charts, drawn by plotly when they come near the window: it is large, and reading tokens does not wait for it.
+
+/** Run the embedded plotly, once. Its source lies inert in the page until it is needed. */
+function plotly() {
+  if (!window.Plotly) {
+    const script = document.createElement("script");
+    script.textContent = $("plotly-source").textContent;
+    document.head.append(script);
+  }
+  return window.Plotly;
+}
+
+function palette() {
+  const accent = colour("--accent");
+  const ink = colour("--ink");
+  return { accent, ink, muted: colour("--muted"), line: colour("--line"), grey: faded(colour("--muted"), 0.35) };
+}
+
+function axis(title, colours, more = {}) {
+  return {
+    title: { text: title, standoff: 8, font: { size: 12, color: colours.muted } },
+    gridcolor: colours.line,
+    zeroline: false,
+    linecolor: colours.line,
+    tickfont: { size: 11, color: colours.muted },
+    automargin: true,
+    fixedrange: false,
+    ...more,
+  };
+}
+
+function layout(colours, x, y, more = {}) {
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: getComputedStyle(document.body).fontFamily, color: colours.ink, size: 12 },
+    margin: { l: 56, r: 12, t: 8, b: 44 },
+    height: 280,
+    hovermode: "closest",
+    showlegend: false,
+    legend: { orientation: "h", y: 1.12, x: 0, font: { size: 11, color: colours.muted } },
+    xaxis: axis(...x),
+    yaxis: axis(...y),
+    ...more,
+  };
+}
+
+const shortNumbers = { tickformat: "~s" };
+
+/** A line per chain: the chosen one in the accent colour and on top, the others grey. */
+function lines(xs, ys, chosen, colours, unit, shape = "linear") {
+  const trace = (chain) => ({
+    x: xs(chain),
+    y: ys[chain],
+    mode: "lines",
+    type: "scatter",
+    name: `chain ${chain}`,
+    meta: chain,
+    line: { width: chain === chosen ? 1.8 : 1, color: chain === chosen ? colours.accent : colours.grey, shape },
+    hovertemplate: `chain ${chain}<br>%{x:,}: %{y:.2f} ${unit}<extra></extra>`,
+  });
+  const others = [...ys.keys()].filter((chain) => chain !== chosen);
+  return [...others, chosen].map(trace);
+}
+
+const CHARTS = {
+  trace(data, state, colours) {
+    const steps = (chain) => data.log_p[chain].map((_, i) => i + 1);
+    const marks = data.block_starts.slice(1).map((start) => ({
+      type: "line", x0: start + 0.5, x1: start + 0.5, y0: 0, y1: 1, yref: "paper", layer: "below",
+      line: { color: colours.line, width: 1, dash: "dot" },
+    }));
+    return [lines(steps, data.log_p, state.chain, colours, "nats"),
+      layout(colours, ["step", colours], ["log p, nats", colours], { shapes: marks })];
+  },
+
+  spent(data, state, colours) {
+    return [lines((chain) => data.spent[chain], data.log_p, state.chain, colours, "nats"),
+      layout(colours, ["tokens drawn in steps so far, by chain", colours, shortNumbers], ["log p, nats", colours])];
+  },
+
+  ranks(data, state, colours) {
+    const { counts, expected } = data.ranks;
+    const bins = () => counts[0].map((_, i) => i + 1);
+    const level = { type: "line", x0: 0, x1: 1, xref: "paper", y0: expected, y1: expected,
+      line: { color: colours.muted, width: 1, dash: "dash" } };
+    const y = axis("draws", colours, { rangemode: "tozero" });
+    return [lines(bins, counts, state.chain, colours, "draws", "hvh"),
+      layout(colours, ["rank of log p, in bins from low to high", colours], ["draws", colours],
+        { shapes: [level], yaxis: y })];
+  },
+
+  cuts(data, state, colours) {
+    const { labels, proposed, accepted, changed } = data.cuts;
+    const bar = (name, counts, color) => ({
+      type: "bar", name, x: labels, y: counts.map((n, i) => (proposed[i] ? n / proposed[i] : null)),
+      marker: { color }, customdata: counts.map((n, i) => [n, proposed[i]]),
+      hovertemplate: `cut %{x}<br>${name} %{customdata[0]:,} of %{customdata[1]:,}<extra></extra>`,
+    });
+    return [[bar("accepted", accepted, faded(colours.accent, 0.35)),
+      bar("changed the path", changed, colours.accent)],
+      layout(colours, ["cut before token", colours, { type: "category" }],
+        ["share of proposals", colours, { tickformat: ".0%", rangemode: "tozero" }],
+        { barmode: "overlay", bargap: 0.15, showlegend: true })];
+  },
+
+  funnel(data, state, colours) {
+    const stages = data.funnel.stages;
+    const names = data.funnel.blocks.map((b) => `${b + 1}`);
+    const traces = stages.map(({ name, counts }, i) => ({
+      type: "bar", name, x: names, y: counts,
+      marker: { color: faded(colours.accent, 0.16 + (0.84 * i) / Math.max(stages.length - 1, 1)) },
+      hovertemplate: `block %{x}<br>${name}: %{y:,}<extra></extra>`,
+    }));
+    return [traces, layout(colours, ["block", colours, { type: "category" }],
+      ["steps", colours, { rangemode: "tozero" }], { bargap: 0.2, bargroupgap: 0.08, showlegend: true })];
+  },
+
+  cost(data, state, colours) {
+    const rows = run.cost.rows.filter((row) => row.amount > 0);
+    const total = rows.reduce((sum, row) => sum + row.amount, 0);
+    const trace = {
+      type: "bar", orientation: "h", y: rows.map((row) => row.name), x: rows.map((row) => row.amount),
+      text: rows.map((row) => percent(row.amount, total)), textposition: "outside", cliponaxis: false,
+      textfont: { color: colours.muted, size: 11 },
+      marker: { color: rows.map((row) => (row.head ? faded(colours.accent, 0.45) : colours.accent)) },
+      hovertemplate: `%{y}: %{x:.3s} ${run.cost.unit}<extra></extra>`,
+    };
+    return [[trace], layout(colours, [run.cost.unit, colours, { ...shortNumbers, rangemode: "tozero" }],
+      ["", colours, { autorange: "reversed" }],
+      { height: 90 + 34 * rows.length, bargap: 0.35, margin: { l: 56, r: 48, t: 8, b: 44 } })];
+  },
+};
+
+/** Draws charts when they come into view, and again when what they show changes. */
+class Charts {
+  constructor(state, jump) {
+    this.state = state;
+    this.jump = jump;
+    this.near = new Set();
+    this.observer = new IntersectionObserver((entries) => this.seen(entries), { rootMargin: "300px" });
+    for (const element of document.querySelectorAll("[data-chart]")) this.observer.observe(element);
+  }
+
+  seen(entries) {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting && !this.near.has(target)) {
+        this.near.add(target);
+        this.draw(target);
+      } else if (!isIntersecting) this.near.delete(target); // drawn anew when it comes back
+    }
+  }
+
+  /** Draw all that are in view again. */
+  update() {
+    for (const element of this.near) this.draw(element);
+  }
+
+  draw(element) {
+    const data = block(`prompt-${this.state.prompt}`);
+    const name = element.dataset.chart;
+    element.closest("figure").hidden = name !== "cost" && !data[SOURCE[name]];
+    if (element.closest("figure").hidden) return;
+    const [traces, shape] = CHARTS[name](data, this.state, palette());
+    plotly().react(element, traces, shape, { displayModeBar: false, responsive: true, scrollZoom: false });
+    if (!element.dataset.wired) {
+      element.dataset.wired = "yes";
+      if (name === "trace") element.on("plotly_click", ({ points }) => this.jump(points[0].data.meta, points[0].x - 1));
+    }
+  }
+}
+
+const SOURCE = { trace: "log_p", spent: "spent", ranks: "ranks", cuts: "cuts", funnel: "funnel" };

@@ -1,0 +1,68 @@
+// The prompt, the final texts, and the tables beside the charts.
+
+/** Chains with the same final text, the likeliest first. */
+function groups(chains) {
+  const found = new Map();
+  chains.forEach((chain, c) => {
+    const key = chain.text === null ? `chain ${c}` : `text ${chain.text}`;
+    if (!found.has(key)) found.set(key, { ...chain, members: [] });
+    found.get(key).members.push(c);
+  });
+  return [...found.values()].sort((a, b) => (b.log_p ?? -Infinity) - (a.log_p ?? -Infinity));
+}
+
+function answer(group, open) {
+  const links = group.members.map((c) => make("button", { type: "button", class: "chain-link",
+    "aria-label": `show chain ${c} step by step`, on: { click: () => open(c) } }, `${c}`));
+  const facts = group.length === null ? "nothing drawn"
+    : `log p ${number(group.log_p)} nats \u00b7 ${count(group.length, "token")} \u00b7 ${group.ending}`;
+  const text = make("p", { class: "answer-text clamped" }, group.text ?? (group.length === null ? "" : "no tokenizer, no text"));
+  if (group.text !== null && !group.text.trim()) text.replaceChildren("(empty)");
+  const more = make("button", { type: "button", class: "more", "aria-expanded": "false", hidden: true,
+    on: { click: () => {
+      const clamped = text.classList.toggle("clamped");
+      more.textContent = clamped ? "Show all" : "Show less";
+      more.setAttribute("aria-expanded", String(!clamped));
+    } } }, "Show all");
+  const errors = group.error ? make("p", { class: "failed" }, `Stopped early: ${group.error}`) : null;
+  return make("li", { class: "answer" },
+    make("p", { class: "answer-facts" }, make("span", { class: "chains" }, group.members.length > 1 ? "chains " : "chain ", ...links),
+      make("span", {}, facts)), text, more, errors);
+}
+
+/** Show a prompt and its answers; `open(chain)` shows that chain step by step. */
+function showAnswers(data, open) {
+  $("prompt-text").textContent = data.text;
+  const list = $("answers-list");
+  list.replaceChildren(...groups(data.chains).map((group) => answer(group, open)));
+  for (const text of list.querySelectorAll(".answer-text")) {
+    text.nextElementSibling.hidden = text.scrollHeight <= text.clientHeight + 1;
+  }
+}
+
+function cells(tag, values) {
+  return values.map((value, i) => make(i ? tag : "th", { scope: i ? (tag === "th" ? "col" : null) : tag === "th" ? "col" : "row" },
+    value));
+}
+
+/** A table from {head, rows}, all strings. */
+function fillTable(table, { head, rows }) {
+  table.replaceChildren(make("thead", {}, make("tr", {}, ...cells("th", head))),
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells("td", row)))));
+}
+
+/** Warnings and the table of diagnostics of a prompt. */
+function showDiagnostics(data) {
+  fillTable($("diagnostics-table"), data.diagnostics);
+  const list = $("warnings");
+  const items = [...run.warnings, ...data.warnings];
+  list.replaceChildren(...items.map((text) => make("li", {}, text)));
+  $("warnings-box").hidden = !items.length;
+  fillTable($("chains-table"), {
+    head: ["chain", "steps", "accepted", "changed the path", "log p", "tokens", "end"],
+    rows: data.chains.map((chain, c) => [`${c}`, whole(chain.steps),
+      `${whole(chain.accepted)} (${percent(chain.accepted, chain.steps)})`,
+      `${whole(chain.changed)} (${percent(chain.changed, chain.steps)})`,
+      number(chain.log_p), whole(chain.length), chain.ending]),
+  });
+}
