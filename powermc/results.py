@@ -19,6 +19,7 @@ from powermc.sequences.path import Path, Prompt
 from powermc.stages import Stages, count_stages
 
 if TYPE_CHECKING:
+    from powermc.diagnostics import Diagnostics
     from powermc.lm.ledger import Ledger
 
 ACCEPT_TOLERANCE = 100
@@ -211,6 +212,12 @@ class Run:
         from powermc.summary import summarise
 
         return summarise(self)
+
+    def diagnostics(self, **options: Any) -> Diagnostics:
+        """R-hat, effective sample sizes, acceptance, costs and what to be wary of; options: `powermc.diagnostics`."""
+        from powermc.diagnostics import diagnose
+
+        return diagnose(self, **options)
 
     def ending(self, prompt: int, chain: int) -> str:
         """How the last path ends: "finished", "cut at T" (the horizon), or "growing" if the run stopped first."""
