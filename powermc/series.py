@@ -1,16 +1,16 @@
-"""The numbers behind plots and report: one function per picture, arrays and counts, nothing drawn here."""
+"""The numbers behind plots and report that are not diagnostics: arrays and counts, nothing is drawn here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from powermc.lm.ledger import Ledger
+from powermc.diagnostics.moves import funnel
 
 if TYPE_CHECKING:
+    from powermc.lm.ledger import Ledger
     from powermc.results import Run
 
 
@@ -21,24 +21,6 @@ class Share:
     name: str
     amount: float
     head: bool
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """Steps that proposed something, by where they cut: bin i holds cuts edges[i] <= cut < edges[i + 1]."""
-
-    edges: np.ndarray
-    proposed: np.ndarray
-    accepted: np.ndarray
-    changed: np.ndarray
-
-
-@dataclass(frozen=True)
-class Funnel:
-    """Per block (rows of `blocks`), how many steps came how far; `stages` from first to last: name and counts."""
-
-    blocks: np.ndarray
-    stages: tuple[tuple[str, np.ndarray], ...]
 
 
 def trace(run: Run, prompt: int) -> np.ndarray:
@@ -55,14 +37,6 @@ def block_starts(run: Run, prompt: int) -> list[int]:
 def spent(run: Run, prompt: int) -> np.ndarray:
     """Shape (chain, step): tokens run through the model for the chain's steps so far, growth left out."""
     return np.cumsum(run.infos[prompt]["tokens"], axis=1)
-
-
-def draws(run: Run, prompt: int) -> np.ndarray:
-    """Shape (chain, draw), nats: log p after every step on the last block, of the chains that took all of them."""
-    info, last = run.infos[prompt], _last_block(run)
-    rows = [log_p[blocks == last] for log_p, blocks in zip(info["log_p"], info["block"], strict=True)]
-    most = max((len(row) for row in rows), default=0)
-    return np.array([row for row in rows if len(row) == most and most])
 
 
 def ranks(values: np.ndarray, bins: int) -> np.ndarray:
@@ -85,43 +59,13 @@ def costs(ledger: Ledger) -> tuple[list[Share], str]:
     return sorted(shares, key=lambda share: -share.amount), "FLOPs" if counted else "tokens"
 
 
-def cuts(run: Run, prompts: Sequence[int], bins: int = 16) -> Cuts:
-    """Proposals of these prompts by their cut; null moves are none."""
-    infos = [run.infos[p] for p in prompts]
-    cut = np.concatenate([info["cut"].ravel() for info in infos])
-    taken = np.concatenate([((info["block"] >= 0) & ~info["null"]).ravel() for info in infos]) & (cut >= 0)
-    width = max(1, -(-int(run.settings["max_new_tokens"]) // bins))
-    edges = np.arange(0, int(run.settings["max_new_tokens"]) + width, width)
+def stages(run: Run, prompt: int | None = None) -> list[tuple[str, list[int]]]:
+    """How far steps came: a name and the counts of all blocks, from steps that proposed to those that moved the path.
 
-    def count(name: str | None) -> np.ndarray:
-        chosen = taken if name is None else taken & np.concatenate([info[name].ravel() for info in infos])
-        return np.histogram(cut[chosen], edges)[0]
-
-    return Cuts(edges, count(None), count("accepted"), count("changed"))
-
-
-def funnel(run: Run, prompts: Sequence[int]) -> Funnel:
-    """How far the steps of these prompts came, by block.
-
-    Screened kernels have a first stage; gated and plain steps, which have none, count as passing it.
+    "passed stage 1" is there for a screened kernel only: what had no first stage to pass counts as passing.
     """
-    infos = [run.infos[p] for p in prompts]
-
-    def column(name: str) -> np.ndarray:
-        return np.concatenate([info[name].ravel() for info in infos])
-
-    block, changed, accepted = column("block"), column("changed"), column("accepted")
-    proposed = (block >= 0) & ~column("null")
-    stages = [("proposed", proposed)]
-    if all("stage1_accepted" in info for info in infos):
-        one_stage = (column("component") == 1) | column("gated") | column("same")
-        stages.append(("passed stage 1", proposed & (column("stage1_accepted") | one_stage)))
-    stages += [("accepted", proposed & accepted), ("changed the path", proposed & changed)]
-    blocks = np.unique(block[block >= 0])
-    return Funnel(
-        blocks, tuple((name, np.array([(mask & (block == b)).sum() for b in blocks])) for name, mask in stages)
-    )
-
-
-def _last_block(run: Run) -> int:
-    return -(-int(run.settings["max_new_tokens"]) // int(run.settings["block_size"])) - 1
+    found = funnel(run, prompt)[:-1]
+    named = [("proposed", [f.proposed for f in found])]
+    if run.early_exit["kernel"] == "early-exit":
+        named.append(("passed stage 1", [f.proposed - f.screened + f.passed for f in found]))
+    return [*named, ("accepted", [f.accepted for f in found]), ("changed the path", [f.changed for f in found])]

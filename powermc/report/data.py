@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from powermc import config, series
+from powermc.diagnostics import Convergence, convergence, kept_draws, moves_by_cut, sentences
 from powermc.report.packing import Alphabet, alphabet, numbers, short
 from powermc.report.walk import tokens_of, walk
 from powermc.results import jsonable
@@ -20,7 +20,7 @@ from powermc.visible import visible
 if TYPE_CHECKING:
     from powermc.results import Run
 
-_RANK_BINS = 20
+_RANK_BINS, _CUT_BINS = 20, 16
 
 
 @dataclass(frozen=True)
@@ -160,15 +160,14 @@ def _cost(run: Run) -> dict[str, Any]:
 
 
 def _warnings(run: Run) -> list[str]:
-    warned = [f"prompt {p}, chain {c} stopped early: {error}" for (p, c), error in run.errors.items()]
-    if run.interrupted:
-        warned.append("The run was interrupted before its end.")
-    return [visible(text) for text in [*warned, *run.notes]]
+    interrupted = ["The run was interrupted before its end."] if run.interrupted else []
+    return [visible(text) for text in [*interrupted, *run.notes]]
 
 
 def _prompt(run: Run, p: int) -> dict[str, Any]:
-    prompts = [p]
-    cuts, funnel = series.cuts(run, prompts), series.funnel(run, prompts)
+    found, guards = convergence(run, prompts=[p])
+    bins = [cut for cut in moves_by_cut(run, p, bins=_CUT_BINS) if cut.proposed]
+    named = series.stages(run, p)
     return {
         "text": visible(run.prompts[p].text) or f"{len(run.prompts[p].ids)} token ids, no text",
         "chains": [_chain(run, p, c) for c in range(len(run.chains[p]))],
@@ -177,16 +176,25 @@ def _prompt(run: Run, p: int) -> dict[str, Any]:
         "spent": _rows(series.spent(run, p), run, p),
         "ranks": _ranks(run, p),
         "cuts": {
-            "labels": [f"{a + 1}\u2013{b}" if b > a + 1 else f"{b}" for a, b in pairwise(cuts.edges.tolist())],
-            **{name: getattr(cuts, name).tolist() for name in ("proposed", "accepted", "changed")},
-        },
-        "funnel": {
-            "blocks": funnel.blocks.tolist(),
-            "stages": [{"name": name, "counts": counts.tolist()} for name, counts in funnel.stages],
-        },
-        "diagnostics": {"head": [], "rows": []},
-        "warnings": [],
+            "labels": [_range(cut.first + 1, cut.last) for cut in bins],
+            **{name: [getattr(cut, name) for cut in bins] for name in ("proposed", "accepted", "changed")},
+        }
+        if bins
+        else None,
+        "funnel": [{"name": name, "counts": counts} for name, counts in named] if any(named[0][1]) else None,
+        "diagnostics": [_figures_of(row) for row in found],
+        "warnings": [visible(text) for text in sentences(replace(guard, prompt=None) for guard in guards)],
     }
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first}\u2013{last}" if last > first else f"{first}"
+
+
+def _figures_of(row: Convergence) -> dict[str, Any]:
+    names = ("mean", "sd", "mcse", "rhat", "ess_bulk", "ess_tail", "tau")
+    found = {name: short(getattr(row, name)) for name in names}
+    return {"name": visible(row.functional), **found, "reasons": {k: visible(v) for k, v in row.reasons.items()}}
 
 
 def _chain(run: Run, p: int, c: int) -> dict[str, Any]:
@@ -210,7 +218,8 @@ def _rows(values: np.ndarray, run: Run, p: int) -> list[list[Any]]:
 
 
 def _ranks(run: Run, p: int) -> dict[str, Any] | None:
-    values = series.draws(run, p)
-    if len(values) < 2 or values.shape[1] < _RANK_BINS or len(values) < len(run.chains[p]):
+    kept = kept_draws(run, p)
+    if len(kept.chains) < 2 or kept.draws < _RANK_BINS:
         return None
-    return {"counts": series.ranks(values, _RANK_BINS).tolist(), "expected": values.shape[1] / _RANK_BINS}
+    counts = series.ranks(kept.values(lambda path: path.log_prob, "log_p"), _RANK_BINS)
+    return {"chains": kept.chains, "counts": counts.tolist(), "expected": kept.draws / _RANK_BINS}

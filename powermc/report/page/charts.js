@@ -13,7 +13,7 @@ function plotly() {
 function palette() {
   const accent = colour("--accent");
   const ink = colour("--ink");
-  return { accent, ink, muted: colour("--muted"), line: colour("--line"), grey: faded(colour("--muted"), 0.35) };
+  return { accent, ink, muted: colour("--muted"), line: colour("--line") };
 }
 
 function axis(title, colours, more = {}) {
@@ -47,20 +47,21 @@ function layout(colours, x, y, more = {}) {
 
 const shortNumbers = { tickformat: "~s" };
 
-/** A line per chain: the chosen one in the accent colour and on top, the others grey. */
-function lines(xs, ys, chosen, colours, unit, shape = "linear") {
+/** A line per chain, ys[i] that of chains[i]: the chosen one in the accent colour and on top, the others grey. */
+function lines(xs, ys, chosen, colours, unit, shape = "linear", chains = [...ys.keys()]) {
+  const grey = faded(colours.muted, chains.length > 6 ? 0.22 : 0.45);
   const trace = (chain) => ({
     x: xs(chain),
-    y: ys[chain],
+    y: ys[chains.indexOf(chain)],
     mode: "lines",
     type: "scatter",
     name: `chain ${chain}`,
     meta: chain,
-    line: { width: chain === chosen ? 1.8 : 1, color: chain === chosen ? colours.accent : colours.grey, shape },
+    line: { width: chain === chosen ? 1.8 : 1, color: chain === chosen ? colours.accent : grey, shape },
     hovertemplate: `chain ${chain}<br>%{x:,}: %{y:.2f} ${unit}<extra></extra>`,
   });
-  const others = [...ys.keys()].filter((chain) => chain !== chosen);
-  return [...others, chosen].map(trace);
+  const last = (chain) => Number(chain === chosen);
+  return [...chains].sort((a, b) => last(a) - last(b)).map(trace);
 }
 
 const CHARTS = {
@@ -76,16 +77,16 @@ const CHARTS = {
 
   spent(data, state, colours) {
     return [lines((chain) => data.spent[chain], data.log_p, state.chain, colours, "nats"),
-      layout(colours, ["tokens drawn in steps so far, by chain", colours, shortNumbers], ["log p, nats", colours])];
+      layout(colours, ["tokens evaluated for its steps so far", colours, shortNumbers], ["log p, nats", colours])];
   },
 
   ranks(data, state, colours) {
-    const { counts, expected } = data.ranks;
+    const { chains, counts, expected } = data.ranks;
     const bins = () => counts[0].map((_, i) => i + 1);
     const level = { type: "line", x0: 0, x1: 1, xref: "paper", y0: expected, y1: expected,
       line: { color: colours.muted, width: 1, dash: "dash" } };
     const y = axis("draws", colours, { rangemode: "tozero" });
-    return [lines(bins, counts, state.chain, colours, "draws", "hvh"),
+    return [lines(bins, counts, state.chain, colours, "draws", "hvh", chains),
       layout(colours, ["rank of log p, in bins from low to high", colours], ["draws", colours],
         { shapes: [level], yaxis: y })];
   },
@@ -97,22 +98,22 @@ const CHARTS = {
       marker: { color }, customdata: counts.map((n, i) => [n, proposed[i]]),
       hovertemplate: `cut %{x}<br>${name} %{customdata[0]:,} of %{customdata[1]:,}<extra></extra>`,
     });
-    return [[bar("accepted", accepted, faded(colours.accent, 0.35)),
+    return [[bar("accepted", accepted, tint(colours.accent, 0.35)),
       bar("changed the path", changed, colours.accent)],
-      layout(colours, ["cut before token", colours, { type: "category" }],
+      layout(colours, ["cut before token", colours, { type: "category", showgrid: false }],
         ["share of proposals", colours, { tickformat: ".0%", rangemode: "tozero" }],
         { barmode: "overlay", bargap: 0.15, showlegend: true })];
   },
 
   funnel(data, state, colours) {
-    const stages = data.funnel.stages;
-    const names = data.funnel.blocks.map((b) => `${b + 1}`);
+    const stages = data.funnel;
+    const names = stages[0].counts.map((_, block) => `${block + 1}`);
     const traces = stages.map(({ name, counts }, i) => ({
       type: "bar", name, x: names, y: counts,
-      marker: { color: faded(colours.accent, 0.16 + (0.84 * i) / Math.max(stages.length - 1, 1)) },
+      marker: { color: tint(colours.accent, 0.16 + (0.84 * i) / Math.max(stages.length - 1, 1)) },
       hovertemplate: `block %{x}<br>${name}: %{y:,}<extra></extra>`,
     }));
-    return [traces, layout(colours, ["block", colours, { type: "category" }],
+    return [traces, layout(colours, ["block", colours, { type: "category", showgrid: false }],
       ["steps", colours, { rangemode: "tozero" }], { bargap: 0.2, bargroupgap: 0.08, showlegend: true })];
   },
 
@@ -123,11 +124,11 @@ const CHARTS = {
       type: "bar", orientation: "h", y: rows.map((row) => row.name), x: rows.map((row) => row.amount),
       text: rows.map((row) => percent(row.amount, total)), textposition: "outside", cliponaxis: false,
       textfont: { color: colours.muted, size: 11 },
-      marker: { color: rows.map((row) => (row.head ? faded(colours.accent, 0.45) : colours.accent)) },
+      marker: { color: rows.map((row) => (row.head ? tint(colours.accent, 0.45) : colours.accent)) },
       hovertemplate: `%{y}: %{x:.3s} ${run.cost.unit}<extra></extra>`,
     };
     return [[trace], layout(colours, [run.cost.unit, colours, { ...shortNumbers, rangemode: "tozero" }],
-      ["", colours, { autorange: "reversed" }],
+      ["", colours, { autorange: "reversed", showgrid: false }],
       { height: 90 + 34 * rows.length, bargap: 0.35, margin: { l: 56, r: 48, t: 8, b: 44 } })];
   },
 };

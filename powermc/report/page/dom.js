@@ -41,3 +41,9 @@ function faded(rgb, opacity) {
   const [r, g, b] = rgb.match(/[\d.]+/g);
   return `rgba(${r}, ${g}, ${b}, ${opacity})`;
 }
+
+/** `share` of a colour over the page's ground, opaque. */
+function tint(rgb, share) {
+  const ground = colour("--ground").match(/[\d.]+/g).map(Number);
+  return `rgb(${rgb.match(/[\d.]+/g).slice(0, 3).map((v, i) => Math.round(share * v + (1 - share) * ground[i])).join(", ")})`;
+}

@@ -45,18 +45,31 @@ function cells(tag, values) {
     value));
 }
 
-/** A table from {head, rows}, all strings. */
+/** A table from {head, rows} of strings or elements. */
 function fillTable(table, { head, rows }) {
   table.replaceChildren(make("thead", {}, make("tr", {}, ...cells("th", head))),
     make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells("td", row)))));
 }
 
+const FIGURES = [["mean", "mean", 2], ["sd", "sd", 2], ["MCSE", "mcse", 3], ["R-hat", "rhat", 3],
+  ["bulk ESS", "ess_bulk", 0], ["tail ESS", "ess_tail", 0], ["autocorrelation, steps", "tau", 1]];
+const NAMES = { log_p: "log p, nats", length: "length, tokens", finished: "ended by itself, share" };
+
+function figureCell(row, name, digits) {
+  const why = row.reasons[name];
+  const cell = number(row[name], digits);
+  return why ? make("span", { class: "why-not", title: why }, cell, make("span", { class: "hidden" }, ` ${why}`)) : cell;
+}
+
 /** Warnings and the table of diagnostics of a prompt. */
 function showDiagnostics(data) {
-  fillTable($("diagnostics-table"), data.diagnostics);
-  const list = $("warnings");
-  const items = [...run.warnings, ...data.warnings];
-  list.replaceChildren(...items.map((text) => make("li", {}, text)));
+  fillTable($("diagnostics-table"), {
+    head: ["of the draws", ...FIGURES.map(([title]) => title)],
+    rows: data.diagnostics.map((row) => [NAMES[row.name] || row.name,
+      ...FIGURES.map(([, name, digits]) => figureCell(row, name, digits))]),
+  });
+  const items = [...run.warnings, ...data.warnings].map((text) => make("li", {}, text));
+  $("warnings").replaceChildren(...items);
   $("warnings-box").hidden = !items.length;
   fillTable($("chains-table"), {
     head: ["chain", "steps", "accepted", "changed the path", "log p", "tokens", "end"],

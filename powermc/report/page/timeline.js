@@ -83,9 +83,9 @@ class Timeline {
     pen.strokeStyle = colour("--accent");
     pen.fillStyle = colour("--accent");
     pen.lineWidth = 1.5;
-    line(pen, at, 6, at, HEIGHT);
+    line(pen, at, 0, at, HEIGHT);
     pen.beginPath();
-    pen.arc(at, 6, 4, 0, 2 * Math.PI);
+    pen.arc(at, HEIGHT - LANE, 4, 0, 2 * Math.PI);
     pen.fill();
   }
 }

@@ -19,7 +19,7 @@ function spans(part, start, view) {
     span.textContent = shown(piece);
     const position = start + i;
     const weight = strength(view.mode, part.scores[i], view.changes[position] || 0, most);
-    if (weight !== null) span.style.setProperty("--weight", `${Math.round(weight * 55)}%`);
+    if (weight !== null) span.style.setProperty("--weight", `${Math.round(weight * 50)}%`);
     span.dataset.position = position;
     span.dataset.token = token;
     if (part.scores[i] !== undefined) span.dataset.score = part.scores[i];

@@ -58,7 +58,7 @@ function factRows(walk, step) {
   const cut = walk.cut[step];
   if (cut >= 0) add("cut", `before token ${cut + 1}`);
   add("proposed", whole(of("proposal_length")), of("proposal_length") === 1 ? "token" : "tokens");
-  if (of("tokens") !== undefined) add("run", whole(of("tokens")), of("tokens") === 1 ? "token" : "tokens",
+  if (of("tokens") !== undefined) add("evaluated", whole(of("tokens")), of("tokens") === 1 ? "token" : "tokens",
     "tokens evaluated by the model in this step; the others were known already");
   const bound = walk.verdict[step] === ABANDONED;
   add(bound ? "log ratio, at most" : "log ratio", number(of("log_ratio")), "nats",
@@ -69,7 +69,7 @@ function factRows(walk, step) {
   const before = step > 0 ? walk.log_p[step - 1] : null;
   const grew = step > 0 && walk.block[step] !== walk.block[step - 1];
   const after = number(walk.log_p[step]);
-  add("log p of the path", before === null || grew || before === walk.log_p[step] ? after
+  add("log p", before === null || grew || before === walk.log_p[step] ? after
     : `${number(before)} \u2192 ${after}`, "nats");
   add("length", whole(walk.length[step]), walk.length[step] === 1 ? "token" : "tokens");
   return rows;
@@ -127,8 +127,7 @@ function sentence(walk, step) {
 
 /** Fill the step view. */
 function showStep(walk, step, view) {
-  $("facts").replaceChildren();
-  $("texts").replaceChildren();
+  for (const id of ["verdict", "facts", "texts"]) $(id).replaceChildren();
   if (!walk.steps) {
     $("texts").append(make("p", { class: "missing" }, "This chain took no step."));
     $("step-name").textContent = "";
@@ -136,12 +135,9 @@ function showStep(walk, step, view) {
   }
   const [word, why] = verdict(walk, step);
   const moved = walk.verdict[step] === MOVED;
-  $("facts").append(
-    make("p", { class: moved ? "verdict moved" : "verdict" }, word),
-    make("p", { class: "why" }, why),
-    stageList(walk, step),
-    factList(walk, step),
-  );
+  $("verdict").append(make("p", { class: moved ? "verdict moved" : "verdict" }, word),
+    make("p", { class: "why" }, why), stageList(walk, step));
+  $("facts").append(factList(walk, step));
   $("texts").append(texts(walk, step, view));
   $("step-name").textContent = `step ${whole(step + 1)} of ${whole(walk.steps)}, block ${walk.block[step] + 1}`;
   $("live").textContent = sentence(walk, step);
