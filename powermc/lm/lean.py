@@ -1,8 +1,9 @@
 """Linear layers for a handful of rows on a CPU.
 
 A product of a few rows with a large matrix is slow the way `torch.nn.functional.linear` asks for it: with the matrix as
-the second factor, oneMKL rearranges it for every call. With the matrix as the *first* factor, W x^T, it need not. One
-row and two are read-bound either way; many rows are compute-bound either way. `powermc bench` prints what a pass takes.
+the second factor, oneMKL rearranges it for every call. From 4 rows on `powermc.lm.product` takes its place; where that
+cannot (float64, more rows than registers), the matrix as the *first* factor, W x^T, which need not be rearranged. Up to
+three rows are read-bound as they are; many rows are compute-bound. `powermc bench` prints what a pass takes.
 
 The owner's modules are not touched: `lean` makes shadows that share every parameter, buffer and hook.
 """
@@ -15,20 +16,27 @@ from typing import Any
 import torch
 from torch import nn
 
-_FEWEST, _MOST = 12, 64
-_LARGE, _FEWEST_OF_LARGE = 2**24, 6
-"""Rows for which W x^T was seen to be faster (oneMKL, AVX-512); weights larger than the caches gain earlier."""
+from powermc.lm.product import available, most_rows, product
+
+_FEWEST = 4
+"""Rows from which `product` was seen to be faster than `nn.Linear`."""
+_FEWEST_TALL, _MOST_TALL = 12, 64
+"""Rows for which W x^T was (oneMKL, AVX-512)."""
 
 
 class FewRows(nn.Linear):
-    """`nn.Linear`, the same parameters, by W x^T where the rows are few."""
+    """`nn.Linear`, the same parameters, by other products where the rows are few."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # the name is nn.Linear's
-        n = input.numel() // max(input.shape[-1], 1)
-        fewest = _FEWEST_OF_LARGE if self.weight.numel() > _LARGE else _FEWEST
-        if not fewest <= n <= _MOST or input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64):
+        n, dtype = input.numel() // max(input.shape[-1], 1), input.dtype
+        if input.device.type != "cpu" or not _FEWEST <= n <= _MOST_TALL or torch.is_grad_enabled():
             return super().forward(input)
-        output = torch.mm(self.weight, input.reshape(n, -1).T).T.contiguous()
+        if dtype == torch.float32 == self.weight.dtype and n <= most_rows() and available():
+            output = product(input.reshape(n, -1), self.weight)
+        elif dtype in (torch.float32, torch.float64) and n >= _FEWEST_TALL:
+            output = torch.mm(self.weight, input.reshape(n, -1).T).T.contiguous()
+        else:
+            return super().forward(input)
         if self.bias is not None:
             output += self.bias
         return output.view(*input.shape[:-1], -1)

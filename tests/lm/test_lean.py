@@ -8,7 +8,8 @@ from torch import nn
 
 from powermc.errors import ModelError
 from powermc.lm import CausalLM
-from powermc.lm.lean import _FEWEST, _MOST, FewRows, lean
+from powermc.lm.lean import _FEWEST, _MOST_TALL, FewRows, lean
+from powermc.lm.product import available, most_rows, product
 from powermc.scheduling import run
 from powermc.sequences import Prompt, Space, scored
 from tests.lm.families import tiny_model
@@ -16,7 +17,7 @@ from tests.lm.families import tiny_model
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, _FEWEST - 1, _FEWEST, 17, _MOST, _MOST + 1])
+@pytest.mark.parametrize("rows", [1, _FEWEST - 1, _FEWEST, 5, 8, 9, 16, 17, 32, 33, _MOST_TALL, _MOST_TALL + 1])
 def test_equals_the_layer(dtype: torch.dtype, bias: bool, rows: int) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(24, 40, bias=bias).to(dtype)
@@ -34,20 +35,37 @@ def test_equals_the_layer(dtype: torch.dtype, bias: bool, rows: int) -> None:
 
 
 def test_few_rows_take_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 12 to 64 rows, and from 6 where the weights are large: `nn.Linear`'s own forward is not asked."""
+    """From 4 to 64 rows `nn.Linear`'s own forward is not asked; where `product` cannot be used, from 12."""
     asked: list[int] = []
     plain = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: asked.append(len(x)) or plain(self, x))
-    small, large = lean(nn.Linear(8, 8)), lean(nn.Linear(2**12, 2**12 + 1, bias=False, device="meta"))
-    large.weight = nn.Parameter(torch.zeros(2**12 + 1, 2**12), requires_grad=False)
+    single, double = lean(nn.Linear(8, 8)), lean(nn.Linear(8, 8).double())
     with torch.no_grad():
-        for n in (1, 5, 6, 11, 12, 64, 65):
-            small(torch.zeros(n, 8))
-        assert asked == [1, 5, 6, 11, 65]
+        for n in (1, 3, 4, 12, 64, 65):
+            single(torch.zeros(n, 8))
+        assert asked == [1, 3, 65] if available() else [1, 3, 4, 65]
         asked.clear()
-        for n in (5, 6):
-            large(torch.zeros(n, 2**12))
-    assert asked == [5]
+        for n in (4, 11, 12, 64, 65):
+            double(torch.zeros(n, 8, dtype=torch.float64))
+    assert asked == [4, 11, 65]
+
+
+@pytest.mark.skipif(not available(), reason="torch's OpenMP library has no GOMP_parallel")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (8, 16), (33, 50), (577, 64)])
+def test_a_row_of_a_product_depends_on_no_other(shape: tuple[int, int], threads: int) -> None:
+    """Any number of rows and threads, any remainder of outputs and of positions: the very same numbers."""
+    before = torch.get_num_threads()
+    torch.manual_seed(1)
+    weight, x = torch.randn(shape), torch.randn(most_rows(), shape[1])
+    torch.set_num_threads(threads)
+    try:
+        whole = product(x, weight)
+        torch.testing.assert_close(whole.double(), x.double() @ weight.double().T, atol=1e-4, rtol=1e-5)
+        for n in (1, 2, 3, 4, 5, 8, 9, 16, 17):
+            assert torch.equal(product(x[:n], weight), whole[:n])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_subclasses_stay_what_they_are() -> None:
