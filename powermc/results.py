@@ -19,6 +19,8 @@ from powermc.sequences.path import Path, Prompt
 from powermc.stages import Stages, count_stages
 
 if TYPE_CHECKING:
+    from xarray import DataTree
+
     from powermc.diagnostics import Diagnostics
     from powermc.lm.ledger import Ledger
 
@@ -218,6 +220,18 @@ class Run:
         from powermc.diagnostics import diagnose
 
         return diagnose(self, **options)
+
+    def to_datatree(self, prompt: int | None = None, **functionals: Any) -> DataTree:
+        """An xarray `DataTree` in ArviZ's schema; see `powermc.arviz_export.to_datatree`."""
+        from powermc.arviz_export import to_datatree
+
+        return to_datatree(self, prompt, **functionals)
+
+    def to_netcdf(self, path: str | os.PathLike[str], prompt: int | None = None, **functionals: Any) -> None:
+        """The same as a netCDF file, written whole or not at all; see `powermc.arviz_export.to_netcdf`."""
+        from powermc.arviz_export import to_netcdf
+
+        to_netcdf(self, path, prompt, **functionals)
 
     def ending(self, prompt: int, chain: int) -> str:
         """How the last path ends: "finished", "cut at T" (the horizon), or "growing" if the run stopped first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -180,9 +180,7 @@ def convergence(
     Raises `ArgumentError` for a functional that gives something else than a number, or has the name of another.
     """
     of_path, of_text = dict(of_path or {}), dict(of_text or {})
-    twice = (set(of_path) | set(of_text)) & set(BUILT_IN) | set(of_path) & set(of_text)
-    if twice:
-        raise ArgumentError(f"there is a functional {sorted(twice)[0]!r} already; choose another name")
+    check_names(of_path, of_text)
     found: list[Convergence] = []
     guards: list[Guard] = []
     for p in range(len(run.prompts)) if prompts is None else prompts:
@@ -198,6 +196,15 @@ def convergence(
         stuck = {guard.chain for guard in kept.guards if guard.kind == "stuck"}  # said once, not by functional
         guards += (g for row in rows for g in row.guards if g.kind != "constant-chain" or g.chain not in stuck)
     return tuple(found), tuple(guards)
+
+
+def check_names(of_path: Iterable[str], of_text: Iterable[str]) -> None:
+    """Raise `ArgumentError` if two functionals have one name, those that every run has included."""
+    seen = set(BUILT_IN)
+    for name in (*of_path, *of_text):
+        if name in seen:
+            raise ArgumentError(f"there is a functional {name!r} already; choose another name")
+        seen.add(name)
 
 
 def finite(x: float) -> float | None:

@@ -105,7 +105,7 @@ class Kept:
         for c, row in enumerate(things):
             for i, thing in enumerate(row):
                 if thing not in known:
-                    known[thing] = _number(functional(thing), name)
+                    known[thing] = as_number(functional(thing), name)
                 out[c, i] = known[thing]
         return out
 
@@ -189,7 +189,8 @@ def _thin(run: Run, prompt: int) -> int:
     return steps[1] - steps[0]
 
 
-def _number(value: Any, name: str) -> float:
+def as_number(value: Any, name: str) -> float:
+    """What a functional of this name gave, as a number. Raises `ArgumentError` if it is none."""
     try:
         return float(value)
     except (TypeError, ValueError):
