@@ -13,7 +13,15 @@ from powermc._version import __version__
 
 if TYPE_CHECKING:
     from powermc.choices import Stream
-    from powermc.errors import ArgumentError, ChainError, ModelError, NonFiniteLogits, PowermcError, ZeroProbability
+    from powermc.errors import (
+        ArgumentError,
+        ChainError,
+        ModelError,
+        NonFiniteLogits,
+        PowermcError,
+        StoreError,
+        ZeroProbability,
+    )
     from powermc.kernels import Cycle, DelayedAcceptance, Metropolis, Mixture
     from powermc.lm import CausalLM, EarlyExit, Ledger, Lens, cached_lens, calibrate
     from powermc.power import LanguageModel, power_sample
@@ -38,6 +46,7 @@ if TYPE_CHECKING:
         UncertainTail,
         Without,
     )
+    from powermc.store import load, merge, resume
     from powermc.targets import Power, Product, Table, Tempered, Tilted
     from powermc.types import Choices, Field, Info, Kernel, Move, Proposal, Request, State, Steps, Target
 
@@ -84,6 +93,7 @@ __all__ = [
     "Space",
     "State",
     "Steps",
+    "StoreError",
     "Stream",
     "Substitution",
     "Suffix",
@@ -99,13 +109,16 @@ __all__ = [
     "cached_lens",
     "calibrate",
     "iterate",
+    "load",
+    "merge",
     "power_sample",
+    "resume",
     "sample",
 ]
 
 _HOMES = {
     "choices": "Stream",
-    "errors": "ArgumentError ChainError ModelError NonFiniteLogits PowermcError ZeroProbability",
+    "errors": "ArgumentError ChainError ModelError NonFiniteLogits PowermcError StoreError ZeroProbability",
     "kernels": "Cycle DelayedAcceptance Metropolis Mixture",
     "lm": "CausalLM EarlyExit Ledger Lens cached_lens calibrate",
     "power": "LanguageModel power_sample",
@@ -114,6 +127,7 @@ _HOMES = {
     "sampling": "Draw Samples iterate sample",
     "sequences": "Autoregressive BlockwisePower ByCut Cut Entropy Horizon Length Path Prompt SequenceProbability "
     "Space Substitution Suffix Token UncertainTail Without",
+    "store": "load merge resume",
     "targets": "Power Product Table Tempered Tilted",
     "types": "Choices Field Info Kernel Move Proposal Request State Steps Target",
 }

@@ -5,6 +5,7 @@ Whatever is fitted or chosen here is fixed before the first step that counts, an
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 DRIFTED = 2.0
 """A run warns when KL(p || p~) on completed tails is over this many times the lens's held-out figure."""
+
+_FROZEN = ("proposal", "exponent", "temperature", "plain", "eta", "delta", "aggregate", "tokens")
+"""What a `Screening` is made of, beside the surrogate."""
 
 _PILOT_PROMPTS, _PILOT_STEPS = 4, 8
 _FIT_PROMPTS, _FIT_EACH = 8, 4
@@ -102,6 +106,42 @@ def prepare(model: Any, settings: Settings, prompts: Sequence[Prompt], space: Sp
         prepared = _asked_for(model, settings, prompts, space, lens, surrogates[-1])
     prepared.facts["warmup_cost"] = model.ledger.since(before).as_dict()
     return prepared
+
+
+def restored(model: Any, settings: Settings, facts: Mapping[str, Any], identity: str | None) -> Prepared:
+    """What `prepare` froze, from its facts: nothing is fitted again.
+
+    `identity` is that of the surrogate then (`surrogate_identity`). Raises `ArgumentError` for another surrogate.
+    """
+    facts = dict(facts)
+    if facts["kernel"] == "metropolis":
+        return Prepared(None, facts)
+    lens, surrogates = _surrogates(model, settings)
+    surrogate = next((s for s in surrogates if getattr(s, "layer", None) == facts["layer"]), None)
+    if surrogate is None or surrogate_identity(surrogate) != identity:
+        found = "no exit there" if surrogate is None else f"{surrogate_name(surrogate)}, fitted or trained otherwise"
+        raise ArgumentError(
+            f"the run was screened by {facts['surrogate']}, and the exit given now is {found}; "
+            "give the one of the run: exit=... or --exit"
+        )
+    own = {name: facts[name] for name in _FROZEN}
+    exponent = own.pop("exponent")
+    return _prepared(model, Screening(surrogate, exponent, **own), lens, facts)
+
+
+def surrogate_identity(surrogate: Any) -> str:
+    """A hash of what an exit adds to its model, or of a model's weights; a name where there is neither."""
+    head = getattr(surrogate, "head", None)
+    if getattr(surrogate, "layer", None) is not None and head is not None:
+        hashed = hashlib.blake2b(repr((head.layer, head.kind, head.temperature)).encode(), digest_size=16)
+        for tensor in (head.weight, head.bias):
+            hashed.update(b"-" if tensor is None else tensor.detach().cpu().double().numpy().tobytes())
+        return hashed.hexdigest()
+    if hasattr(getattr(surrogate, "decoder", None), "model"):
+        from powermc.lm.lens import fingerprint
+
+        return fingerprint(surrogate)
+    return f"name {surrogate_name(surrogate)}"
 
 
 def _asked_for(
@@ -194,10 +234,7 @@ def _prepared(model: Any, screening: Screening, lens: Any, facts: dict[str, Any]
         from powermc.lm.drift import Drift
 
         drift, reference = Drift(surrogate), _held_out(lens)(layer)
-    own = {
-        name: getattr(screening, name)
-        for name in ("proposal", "exponent", "temperature", "plain", "eta", "delta", "aggregate", "tokens")
-    }
+    own = {name: getattr(screening, name) for name in _FROZEN}
     facts = {**facts, "surrogate": surrogate_name(surrogate), "layer": layer, **own}
     return Prepared(screening, facts, drift, reference, ledger)
 

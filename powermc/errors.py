@@ -29,3 +29,7 @@ class ZeroProbability(ChainError):
 
 class NonFiniteLogits(ChainError):
     """A model returned NaN or +inf logits, or only -inf ones, for one row."""
+
+
+class StoreError(PowermcError):
+    """A store that cannot be read, written or gone on with. The message names the file and the fix."""

@@ -6,12 +6,13 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from powermc.early_exit import prepare
+from powermc.early_exit import prepare, restored
 from powermc.errors import ArgumentError, ChainError
-from powermc.recording import Callback, Decoder, Memory, Recorder
+from powermc.recording import Callback, Decoder, Memory, Recorder, about, fields_of
 from powermc.results import Run
 from powermc.sampling import check_callbacks, check_count
 from powermc.sequences.model import Autoregressive
@@ -20,6 +21,7 @@ from powermc.settings import Settings
 
 if TYPE_CHECKING:
     from powermc.lm.ledger import Ledger
+    from powermc.store import Store
 
 ACTIVE = 64
 """Chains under way at once when the model does not say how many rows it has (`max_rows`); the others wait."""
@@ -89,7 +91,10 @@ def power_sample(
     gated: float | None = None,
     aggregate: str = "max",
     draws: int | None = None,
+    store: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     thin: int = 1,
+    keep_proposals: bool = True,
     progress: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
@@ -117,8 +122,17 @@ def power_sample(
     draws
         Kernel steps after the last block, None for `steps`: the draws from the target. More of them go on from where
         fewer end.
+    store
+        Write the run to this file as it is drawn (`powermc.store`): what has been committed survives whatever ends the
+        process, and `powermc.load` reads it at any time. The `Run` returned is what the file holds.
+    resume
+        Go on with the run in `store`, if there is one; without it an existing run is refused. Settings, model and
+        prompts must be those of the run, but `chains` and `draws` may be more. No step is taken again, and with an
+        unchanged schedule a float64 model draws what it would have drawn without the stop, bit for bit.
     thin
-        Keep the path after every so manyth of these steps. What happened in each step is kept of all.
+        Keep the path after every so manyth step on the last block. What happened in each step is kept of all.
+    keep_proposals
+        Whether `store` holds the tokens of rejected proposals too.
     chains
         Independent chains per prompt.
     scope
@@ -173,7 +187,8 @@ def power_sample(
     Returns a `Run`. A chain that fails (`ChainError`) keeps what it drew, is listed in `Run.errors`, and a
     `RuntimeWarning` is issued; if all fail before a draw, the first error is raised. Ctrl-C ends the run and returns
     what has been drawn. Raises `ArgumentError` before any work of the model for an argument out of range, and
-    `ModelError` for a model that cannot be loaded.
+    `ModelError` for a model that cannot be loaded, and `StoreError` for a store that cannot be written or gone on with:
+    what it held before, it still holds.
     """
     settings = Settings(
         alpha=alpha,
@@ -204,42 +219,84 @@ def power_sample(
         draws=draws,
     )
     check_count("thin", thin, least=1)
+    for name, value in (("resume", resume), ("keep_proposals", keep_proposals)):
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} must be True or False, got {value!r}")
+    if store is None and (resume or not keep_proposals):
+        name = "resume=True" if resume else "keep_proposals=False"
+        raise ArgumentError(f"{name} has no effect without a store; name a file with store=..., or leave it out")
     given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
     settings.check_prompts(given)
     check_callbacks(callbacks)
+    with ExitStack() as stack:
+        file = None
+        if store is not None:
+            from powermc.store import Store
+
+            file = stack.enter_context(Store(store, resume=resume))
+            if file.header is not None:
+                file.header.check(file.path, settings, thin, keep_proposals)
+        recorder = _recorder(_loaded(model), given, settings, file, thin, keep_proposals)
+        run = recorder.run(callbacks, progress)
+    _tell(run, recorder.errors)
+    return run
+
+
+def _loaded(model: LanguageModel | str | os.PathLike[str]) -> LanguageModel:
     if isinstance(model, str | os.PathLike):
         from powermc.lm import CausalLM
 
-        model = cast(LanguageModel, CausalLM.from_pretrained(os.fspath(model)))
-    elif not hasattr(model, "branch"):
+        return cast(LanguageModel, CausalLM.from_pretrained(os.fspath(model)))
+    if not hasattr(model, "branch"):
         raise ArgumentError(
             f"model must be a CausalLM or the name of one, got {type(model).__name__}; "
             "wrap a model of your own: CausalLM(model, tokenizer)"
         )
-    ready = distinct([p if isinstance(p, Prompt) else model.prompt(p, chat=chat) for p in given])
-    for prompt in ready:
-        model.check_fits(prompt, max_new_tokens)
-    space = model.space(max_new_tokens, settings.stop)
-    _fit(model, ready, settings)  # for what runs before the chains
-    prepared = prepare(model, settings, ready, space)
+    return model
+
+
+def _recorder(
+    model: LanguageModel,
+    given: Sequence[str | Prompt],
+    settings: Settings,
+    file: Store | None,
+    thin: int,
+    keep_proposals: bool,
+) -> Recorder:
+    """Prompts, kernel and schedule made; what is in the store compared with them, or written there."""
+    chat, chains, horizon = settings.chat, settings.chains, settings.max_new_tokens
+    prompts = distinct([p if isinstance(p, Prompt) else model.prompt(p, chat=chat) for p in given])
+    old = None if file is None else file.header
+    if file is not None and old is not None:
+        old.check_model(file.path, model)
+        file.check_prompts(prompts)
+    for prompt in prompts:
+        model.check_fits(prompt, horizon)
+    space = model.space(horizon, cast("Sequence[str]", settings.stop))
+    _fit(model, prompts, settings)  # for what runs before the chains
+    if old is None:
+        prepared = prepare(model, settings, prompts, space)
+    else:
+        prepared = restored(model, settings, old.early_exit, old.surrogate)
     plan = settings.schedule(model, space, model.decode, prepared.screening)
-    points = {(p, c): None for p in range(len(ready)) for c in range(chains)}
-    fit = _fit(model, ready, settings)
-    journal = Memory(plan, ready, chains, Decoder(model), thin)
-    recorder = Recorder(
-        model,
-        plan,
-        ready,
-        settings,
-        prepared,
-        journal,
-        points,
-        rows=min(getattr(model, "max_rows", ACTIVE), len(points)),
-        notes=() if fit is None or fit.note is None else (fit.note,),
-    )
-    run = recorder.run(callbacks, progress)
-    _tell(run, recorder.errors)
-    return run
+    fit = _fit(model, prompts, settings)
+    rows = min(getattr(model, "max_rows", ACTIVE), len(prompts) * chains)
+    notes = () if fit is None or fit.note is None else (fit.note,)
+    decode = Decoder(model)
+    if file is None:
+        journal = Memory(plan, prompts, chains, decode, thin)
+        points = dict.fromkeys((p, c) for p in range(len(prompts)) for c in range(chains))
+    else:
+        from powermc.store import Header, Writer
+
+        if old is None:
+            facts = about(model, plan, prompts, settings, rows, notes)
+            file.begin(Header.of_run(facts, model, fields_of(plan), prepared, settings, thin, keep_proposals), prompts)
+        else:
+            file.update(old.extended(settings))
+        journal = Writer(file, plan, prompts, decode)
+        points = journal.points(chains)
+    return Recorder(model, plan, prompts, settings, prepared, journal, points, rows=rows, notes=notes)
 
 
 def _tell(run: Run, errors: Mapping[tuple[int, int], ChainError]) -> None:

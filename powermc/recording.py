@@ -38,6 +38,10 @@ Callback = Callable[[int, int, int, State[Path], Info], None]
 class Journal(Protocol):
     """Where a run is written down as it happens. Paths come without activations, infos without what was proposed."""
 
+    def start(self, recorder: Recorder) -> None:
+        """The chains are about to run; the recorder knows costs and times."""
+        ...
+
     def grow(self, key: Key, event: Grown) -> None:
         """A path was extended by a block."""
         ...
@@ -85,7 +89,7 @@ class Recorder:
         points: Mapping[Key, Point | None],
         *,
         rows: int,
-        notes: Iterable[str] = (),
+        notes: Sequence[str] = (),
     ) -> None:
         self.model, self.plan, self.prompts, self.settings = model, plan, tuple(prompts), settings
         self.prepared, self.journal, self.points, self.rows, self.notes = prepared, journal, points, rows, tuple(notes)
@@ -111,6 +115,7 @@ class Recorder:
         if (forget := getattr(self.model, "forget", None)) is not None:
             forget()
         self._before, self._begun = self.model.ledger.copy(), time.monotonic()
+        self.journal.start(self)
         with ExitStack() as stack:
             display = _Display(self.plan, self.points, stack, self.model) if progress else None
             if self.prepared.drift is not None:
@@ -170,6 +175,9 @@ class Memory:
         self.proposals: dict[Key, list[np.ndarray | None]] = {key: [None] * plan.total for key in keys}
         self.grown, self.ties = dict.fromkeys(keys, 0), dict.fromkeys(keys, 0)
 
+    def start(self, recorder: Recorder) -> None:
+        pass
+
     def grow(self, key: Key, event: Grown) -> None:
         before = len(self.last[key]) if key in self.last else 0
         self.last[key] = self.starts[key][event.block] = event.path
@@ -196,7 +204,14 @@ class Memory:
         infos = tuple(records.arrays for records in self.records)
         keys = [[(p, c) for c in range(len(records.arrays["block"]))] for p, records in enumerate(self.records)]
         return Run(
-            **facts(recorder),
+            **about(
+                recorder.model,
+                recorder.plan,
+                recorder.prompts,
+                recorder.settings,
+                recorder.rows,
+                recorder.notes,
+            ),
             chains=tuple(tuple(self._chain(key, recorder.errors.get(key)) for key in row) for row in keys),
             infos=infos,
             early_exit=recorder.prepared.result(recorder.model, infos, recorder.prompts, recorder.cost),
@@ -225,7 +240,7 @@ class Memory:
 
 
 class Decoder:
-    """Texts of paths and of single tokens, each asked for once; None, and no tokens, without a tokenizer."""
+    """Texts of paths, remembered when called, and of the tokens that occur; nothing without a tokenizer."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -234,7 +249,7 @@ class Decoder:
 
     def __call__(self, tokens: Tokens) -> str | None:
         if tokens not in self._texts:
-            self._texts[tokens] = self._decoded(tokens)
+            self._texts[tokens] = self.text(tokens)
         return self._texts[tokens]
 
     def saw(self, tokens: Tokens) -> None:
@@ -248,26 +263,28 @@ class Decoder:
     def piece(self, token: int) -> str | None:
         """The text of one token: `model.piece(token)` if there is that, which names special ones too."""
         name = getattr(self._model, "piece", None)
-        return name(token) if name is not None else self._decoded((token,))
+        return name(token) if name is not None else self.text((token,))
 
-    def _decoded(self, tokens: Tokens) -> str | None:
+    def text(self, tokens: Tokens) -> str | None:
+        """The text of these tokens, not remembered."""
         try:
             return self._model.decode(tokens)
         except ArgumentError:  # a model without a tokenizer
             return None
 
 
-def facts(recorder: Recorder) -> dict[str, Any]:
+def about(
+    model: Any, plan: BlockwisePower, prompts: Sequence[Prompt], settings: Settings, rows: int, notes: Sequence[str]
+) -> dict[str, Any]:
     """What a `Run` says of its model and settings."""
-    model, plan = recorder.model, recorder.plan
-    filled = {"temperature": plan.q_temperature, "draws": plan.steps_on(plan.blocks - 1), "rows": recorder.rows}
+    filled = {"temperature": plan.q_temperature, "draws": plan.steps_on(plan.blocks - 1), "rows": rows}
     return {
         "model": model.name,
-        "settings": {**recorder.settings.as_dict(), **filled},
-        "prompts": recorder.prompts,
+        "settings": {**settings.as_dict(), **filled},
+        "prompts": tuple(prompts),
         "resolution": model.resolution,
         "ignored_warpers": dict(getattr(model, "ignored_warpers", {})),
-        "notes": recorder.notes,
+        "notes": tuple(notes),
     }
 
 

@@ -1,0 +1,131 @@
+"""How tokens, log probabilities, infos and texts become bytes in a store, and back.
+
+Every number that comes from a model is rounded to 1e-6 nats before it is written. No model is good to that, and what
+a path's prefix was computed by (one token after the other, or all at once after a restart) no longer shows: so the
+bytes of a run in float64 that was stopped and gone on with are those of one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from powermc.sequences.path import Path, Tokens
+from powermc.types import Field, Fields, Info
+
+DECIMALS = 6
+"""Of nats, in what is written."""
+
+COSTS = ("tokens",)
+"""Infos that say what a step cost: they depend on what happened to be known, and not on the run alone."""
+
+_CODES = {"<i4": "i", "<i8": "q", "|i1": "b", "|b1": "?", "<f8": "d", "<f4": "f"}
+
+
+class Layout:
+    """The infos of a step as one packed record; costs apart."""
+
+    def __init__(self, fields: Fields) -> None:
+        self.fields = {name: field for name, field in fields.items() if name not in COSTS}
+        self.costs = {name: field for name, field in fields.items() if name in COSTS}
+        kinds = {name: np.dtype(field.dtype).newbyteorder("<") for name, field in self.fields.items()}
+        self._struct = struct.Struct("<" + "".join(_CODES[kind.str] for kind in kinds.values()))
+        self._dtype = np.dtype(list(kinds.items()))
+
+    def pack(self, info: Info) -> bytes:
+        """The record of an info; what is not in it gets the declared fill value."""
+        given = (info.get(name, field.fill) for name, field in self.fields.items())
+        return self._struct.pack(*(rounded(value) if isinstance(value, float) else value for value in given))
+
+    def unpack(self, records: Sequence[bytes]) -> np.ndarray:
+        """Records as a structured array."""
+        return np.frombuffer(b"".join(records), dtype=self._dtype)
+
+    def empty(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """Name to an array of fill values."""
+        fields = {**self.fields, **self.costs}
+        return {name: np.full(shape, field.fill, dtype=field.dtype) for name, field in fields.items()}
+
+
+def fields_as_json(fields: Fields) -> list[list[Any]]:
+    """A declaration of infos for the header."""
+    return [[name, field.dtype, None if field.fill != field.fill else field.fill] for name, field in fields.items()]
+
+
+def fields_from_json(rows: Iterable[Sequence[Any]]) -> Fields:
+    """The inverse; None stands for NaN."""
+    return {name: Field(dtype, math.nan if fill is None else fill) for name, dtype, fill in rows}
+
+
+def rounded(value: float) -> float:
+    """To `DECIMALS`; never -0.0. NaN and infinities stay."""
+    return round(float(value), DECIMALS) + 0.0
+
+
+class Delta(NamedTuple):
+    """A path as the first `kept` tokens of the path before it in its chain, and the rest; log p of those, float32."""
+
+    kept: int
+    tokens: bytes
+    log_p: bytes
+    finished: bool
+
+
+class Tokenization:
+    """Token ids as bytes: two of them each where the vocabulary allows, else four."""
+
+    def __init__(self, vocabulary: float) -> None:
+        self._dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
+
+    def pack(self, tokens: Tokens) -> bytes:
+        return np.array(tokens, dtype=self._dtype).tobytes()
+
+    def unpack(self, data: bytes) -> np.ndarray:
+        """int32."""
+        return np.frombuffer(data, dtype=self._dtype).astype(np.int32)
+
+    def delta(self, path: Path, before: Tokens) -> Delta:
+        """What makes `path` of the tokens before it."""
+        kept = agreement(path.tokens, before)
+        assert path.log_p is not None, "only scored paths are committed"
+        log_p = np.round(path.log_p[kept:], DECIMALS) + 0.0
+        return Delta(kept, self.pack(path.tokens[kept:]), log_p.astype("<f4").tobytes(), path.finished)
+
+
+def log_p_of(data: bytes) -> np.ndarray:
+    """float64 of what `Delta.log_p` holds."""
+    return np.frombuffer(data, dtype="<f4").astype(np.float64)
+
+
+def agreement(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two paths have in common before they part."""
+    return next((t for t, (u, v) in enumerate(zip(a, b, strict=False)) if u != v), min(len(a), len(b)))
+
+
+def text_to_bytes(text: str) -> bytes:
+    """UTF-8; a lone surrogate, which a prompt may hold, is written as it is."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def text_from_bytes(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")
+
+
+def text_delta(text: str, before: str) -> tuple[int, bytes]:
+    """(characters in common with the text before, the rest)."""
+    kept = len(os.path.commonprefix((text, before)))  # noqa: RUF071  (character by character it is)
+    return kept, text_to_bytes(text[kept:])
+
+
+def hash_rows(rows: Iterable[Sequence[Any]]) -> str:
+    """A hash of rows of numbers, bytes and None."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        hashed.update(repr(row).encode())
+    return hashed.hexdigest()
