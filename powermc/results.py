@@ -101,7 +101,7 @@ class Run:
     ignored_warpers
         What the checkpoint's generation config asks for that p leaves out.
     interrupted
-        Whether Ctrl-C ended the run.
+        Whether Ctrl-C ended the run; of one that was loaded, whether it ended before its steps did.
     notes
         What else the user should know, such as rows bounded by memory.
     proposals
@@ -126,6 +126,13 @@ class Run:
     notes: tuple[str, ...] = ()
     proposals: tuple[tuple[tuple[np.ndarray | None, ...], ...], ...] = ()
     pieces: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Run:
+        """The run in a store, finished or not; see `powermc.load`."""
+        from powermc.store import load
+
+        return load(path)
 
     @property
     def texts(self) -> list[list[str | None]]:
