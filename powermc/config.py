@@ -1,8 +1,8 @@
 """Configuration files: TOML that is read strictly, and written so that it reads back the same.
 
 A file holds options of the command line by their names: `max_new_tokens = 96`; dashes do as well. Keys at the top are
-for whichever command reads the file. Those of a table named after a command, `[sample]`, are for that command alone, and
-go before the keys at the top. What this module does not know: which options there are and how they are declared
+for whichever command reads the file. Those of a table named after a command, `[sample]`, are for that command alone,
+and go before the keys at the top. What this module does not know: which options there are and how they are declared
 (`powermc.cli` does), and whether their values make sense together (whoever takes them does).
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +37,10 @@ def _texts(value: Any) -> Any:
     return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else _WRONG
 
 
+def _files(texts: Any) -> Any:
+    return _WRONG if texts is _WRONG or "" in texts else [Path(text) for text in texts]
+
+
 def _commas(value: Any) -> Any:
     """What the command line writes with commas between may be a list here."""
     parts = value if isinstance(value, list) else [value]
@@ -51,7 +54,7 @@ INTEGER = Kind("a whole number", lambda value: value if isinstance(value, int) a
 NUMBER = Kind("a number", lambda value: float(value) if _is_number(value) else _WRONG)
 SWITCH = Kind("true or false", lambda value: value if isinstance(value, bool) else _WRONG)
 TEXTS = Kind("a string or a list of strings", _texts)
-FILES = Kind("a list of names of files", lambda value: _WRONG if _texts(value) is _WRONG else _texts(value))
+FILES = Kind("the name of a file or a list of them", lambda value: _files(_texts(value)))
 COMMAS = Kind("a list, or a string with commas between", _commas)
 
 Options = Mapping[str, Kind]
@@ -77,6 +80,8 @@ def read(path: Path, command: str, commands: Mapping[str, Options]) -> dict[str,
 
 
 def _load(path: Path) -> dict[str, Any]:
+    import tomllib
+
     try:
         return tomllib.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode())
     except OSError as error:
@@ -169,18 +174,22 @@ def from_settings(
 
     What only Python can give, a reward or an exit that is an object, is not in the table but in a comment.
     """
-    values = dict(settings)
-    notes = []
+    values, notes = repeatable(settings)
+    source: dict[str, Any] = {"prompt": list(prompts) or None}
+    return write("sample", {**source, "model": model, **(options or {}), **values}, notes)
+
+
+def repeatable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Those settings of a run that are options of `powermc sample` and did something; a sentence for each other one."""
+    values, notes = dict(settings), []
     if values.get("reward") is not None:
         notes.append(f"The run also had a reward, the Python function {values['reward']}: not in this file.")
     exit = values.get("exit")
     if exit is not None and not (Path(str(exit)).suffix == ".safetensors" or Path(str(exit)).is_file()):
         notes.append(f"The run's exit was given in Python ({exit}): not in this file; name a lens with exit = ...")
         del values["exit"]
-    for name in ("reward", "reward_at_most", "rows"):
+    # With plain Metropolis-Hastings the early exit's settings are at their defaults: nothing else is allowed.
+    idle = _SCREENED if values.get("kernel") == "metropolis" else ()
+    for name in ("reward", "reward_at_most", "rows", *idle):
         values.pop(name, None)
-    if values.get("kernel") == "metropolis":
-        for name in _SCREENED:  # defaults, all of them: nothing else is allowed with this kernel
-            values.pop(name, None)
-    source: dict[str, Any] = {"prompt": list(prompts) or None}
-    return write("sample", {**source, "model": model, **(options or {}), **values}, notes)
+    return values, notes

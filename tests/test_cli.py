@@ -131,14 +131,14 @@ def test_options_reach_the_run(cli, loader):
         ],
         *["--steps", "2", "--chains", "5", "--scope", "block", "--cut", "horizon", "--seed", "9", "--stop", "7"],
         *["--stop", "one", "--no-chat", "--model", "m", "--gguf-file", "g", "--dtype", "float64", "--device", "meta"],
-        *["--max-rows", "3", "--memory", "4GB", "--no-early-rejection", "--speculate", "5"],
+        *["--max-rows", "3", "--memory", "4GB", "--no-early-rejection", "--speculate", "5", "--draws", "7"],
     )
     run = json.loads(out)
     expected = {"alpha": 3.0, "temperature": 0.7, "max_new_tokens": 10, "block_size": 5, "steps": 2, "chains": 5}
     expected |= {"scope": "block", "cut": "horizon", "seed": 9, "stop": ["7", "one"], "reward": None, "chat": False}
     expected |= {"kernel": "metropolis", "exit": None, "layer": None, "proposal": "exit", "screen": None, "plain": 0.1}
     expected |= {"exit_temperature": None, "gated": None, "eta": None, "delta": None, "aggregate": "max"}
-    expected |= {"rows": 5, "early_rejection": False, "reward_at_most": None}
+    expected |= {"rows": 5, "early_rejection": False, "reward_at_most": None, "draws": 7}
     assert run["settings"] == expected
     options = {"gguf_file": "g", "dtype": "float64", "device": "meta", "max_rows": 3, "memory": "4GB"}
     options |= {"reuse": True, "speculate": 5}
@@ -225,7 +225,8 @@ BAD = [
     (["q", "--cut", "deep"], "unknown cut law 'deep'"),
     (["q", "--cut", "block", "--scope", "sequence"], "use scope='block' with it"),
     (["q", "--stop", ""], "stop strings must be strings of at least one character"),
-    ([], "give one of: a question in quotes, --file prompts.jsonl, --demo"),
+    ([], "give one of: a question in quotes, --prompt, --file prompts.jsonl, --demo"),
+    (["q", "--prompt", "r"], "give one of"),
     (["q", "--demo"], "give one of"),
     (["q", "--file", "x.jsonl"], "give one of"),
     (["--file", "no/such.jsonl"], "cannot read no/such.jsonl: No such file or directory"),

@@ -113,7 +113,7 @@ def test_temperatures_of_the_exit(cli, folder):
 def test_without_a_lens_the_cached_one_and_without_data_the_shipped_prompts(cli, folder, monkeypatch):
     asked = []
 
-    def cached(model: CausalLM, layers: Any) -> Lens:
+    def cached(model: CausalLM, layers: Any, *, progress: Any) -> Lens:
         asked.append(layers)
         lens = Lens.load(folder / "a.lens")
         return lens_of(model, [lens.head(2)])  # of whose report nothing is known

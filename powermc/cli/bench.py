@@ -6,14 +6,17 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from powermc.cli import demo
-from powermc.cli.sample import check_writable, load, read_prompts
+from powermc.cli.sample import check_writable, load, read_prompts, written
 from powermc.cli.show import console, say
 from powermc.errors import ArgumentError
-from powermc.files import write_whole
+from powermc.progress import Parts
+
+if TYPE_CHECKING:
+    from powermc.cli.commands import Bench
+    from powermc.evaluation.bench import Plan
 
 ALPHAS = (1.0, 2.0, 4.0)
 """Of the table of savings."""
@@ -21,83 +24,79 @@ ALPHAS = (1.0, 2.0, 4.0)
 TABLES = ("speed", "floor", "savings")
 
 _SAVING_CHAINS = 4
+_SETTINGS = ("steps", "block_size", "alpha", "seed", "repeats", "ignore_eos")
 
 
-def run(
-    model_name: str,
-    options: dict[str, Any],
-    data: Path | None,
-    limit: int,
-    settings: dict[str, Any],
-    tables: str,
-    *,
-    out: Path | None,
-    as_json: bool,
-    quiet: bool,
-) -> int:
+def run(chosen: Bench) -> int:
     """Run the command; returns the exit code. Checks what can be checked before the model is loaded."""
-    if limit < 1:
-        raise ArgumentError(f"prompts must be at least 1, got {limit}")
-    texts = [q.question for q in demo.questions()] if data is None else read_prompts(data)
-    listed = {name: numbers(name, settings[name]) for name in ("chains", "horizons")}
-    methods = tuple(settings["methods"].split(",")) if settings["methods"] else ()
-    wanted = tables.split(",")
+    if chosen.prompts < 1:
+        raise ArgumentError(f"prompts must be at least 1, got {chosen.prompts}")
+    texts = [q.question for q in demo.questions()] if chosen.data is None else read_prompts(chosen.data)
+    listed: dict[str, Any] = {name: numbers(name, getattr(chosen, name)) for name in ("chains", "horizons")}
+    methods = tuple(chosen.methods.split(",")) if chosen.methods else ()
+    wanted = chosen.tables.split(",")
     if unknown := sorted(set(wanted) - set(TABLES)):
         raise ArgumentError(f"unknown table {unknown[0]!r}; choose from {', '.join(TABLES)}")
-    if out is not None:
-        check_writable(out)
-    from powermc.evaluation.bench import Plan, bench, fresh
+    if chosen.out is not None:
+        check_writable(chosen.out)
+    from powermc.evaluation.bench import Plan
+    from powermc.evaluation.bench_tables import as_dict, heading
 
-    plan = Plan(**{**settings, **listed, "methods": methods})
-    from powermc.evaluation.bench_tables import as_dict, floor_report, heading, savings_report, speed_report
+    settings: dict[str, Any] = {name: getattr(chosen, name) for name in _SETTINGS}
+    plan = Plan(**settings, **listed, methods=methods)
+    model: Any = load(chosen.model, chosen.loader, console(sys.stderr), chosen.quiet)
+    if not hasattr(model, "engine"):
+        raise ArgumentError(f"{chosen.model} is not a Hugging Face model that powermc drives; the bench needs one")
+    prompts = [model.prompt(text) for text in texts[: chosen.prompts]]
+    say_table = _shown(chosen.json)
+    say_table(heading(model.name, len(prompts), plan))
+    parts = measure(model, prompts, plan, wanted, say_table, quiet=chosen.quiet)
+    text = json.dumps(as_dict(model.name, len(prompts), plan, **parts), allow_nan=False) + "\n"
+    if chosen.out is not None:
+        written(chosen.out, text)
+    if chosen.json:
+        sys.stdout.write(text)
+    return 0
+
+
+def measure(
+    model: Any, prompts: Sequence[Any], plan: Plan, wanted: Sequence[str], show: Callable[[str], None], *, quiet: bool
+) -> dict[str, Any]:
+    """The tables that are wanted, each shown when it is there."""
+    from powermc.evaluation.bench import bench, fresh
+    from powermc.evaluation.bench_tables import floor_report, savings_report, speed_report
     from powermc.evaluation.floor import floor
     from powermc.evaluation.savings import savings
 
-    notes = console(sys.stderr)
-
-    def notify(text: str) -> None:
-        if not quiet:
-            say(notes, f"powermc: {text}")
-
-    def show(text: str) -> None:
-        if not as_json:
-            say(console(), text + "\n")
-
-    model: Any = load(model_name, options, notes, quiet)
-    if not hasattr(model, "engine"):
-        raise ArgumentError(f"{model_name} is not a Hugging Face model that powermc drives; the bench needs one")
-    prompts = [model.prompt(text) for text in texts[:limit]]
-    show(heading(model.name, len(prompts), plan))
+    rounds = plan.repeats * len(prompts) * len(plan.cells) + 1 if "speed" in wanted else 0
     parts: dict[str, Any] = {}
-    if "speed" in wanted:
-        parts["result"] = bench(model, prompts, plan, notify)
-        show(speed_report(parts["result"]))
-    if "floor" in wanted:
-        notify("decode steps against the floor of this machine")
-        parts["floor"] = floor(fresh(model, reuse=False, guess=False), prompts[0])
-        show(floor_report(parts["floor"]))
-    if "savings" in wanted:
-        notify(f"savings at alpha {', '.join(f'{alpha:g}' for alpha in ALPHAS)}")
-        parts["saved"] = savings(
-            partial(_fresh, fresh, model, plan.ignore_eos),
-            prompts,
-            ALPHAS,
-            max_new_tokens=max(plan.horizons),
-            block_size=plan.block_size,
-            steps=plan.steps,
-            chains=min(max(plan.chains), _SAVING_CHAINS),
-            seed=plan.seed,
-        )
-        show(savings_report(parts["saved"]))
-    text = json.dumps(as_dict(model.name, len(prompts), plan, **parts), allow_nan=False) + "\n"
-    if out is not None:
-        try:
-            write_whole(out, text)
-        except OSError as error:
-            raise ArgumentError(f"cannot write {out}: {error.strerror}") from error
-    if as_json:
-        sys.stdout.write(text)
-    return 0
+    # The display takes time of the machine that is measured: once a second is under a thousandth of it.
+    with Parts(rounds + len({"floor", "savings"} & set(wanted)), quiet=quiet, refresh=1.0) as display:
+        if "speed" in wanted:
+            parts["result"] = bench(model, prompts, plan, display.begin)
+            show(speed_report(parts["result"]))
+        if "floor" in wanted:
+            display.begin("decode steps against the floor of this machine")
+            parts["floor"] = floor(fresh(model, reuse=False, guess=False), prompts[0])
+            show(floor_report(parts["floor"]))
+        if "savings" in wanted:
+            display.begin(f"savings at alpha {', '.join(f'{alpha:g}' for alpha in ALPHAS)}")
+            parts["saved"] = savings(
+                partial(_fresh, fresh, model, plan.ignore_eos),
+                prompts,
+                ALPHAS,
+                max_new_tokens=max(plan.horizons),
+                block_size=plan.block_size,
+                steps=plan.steps,
+                chains=min(max(plan.chains), _SAVING_CHAINS),
+                seed=plan.seed,
+            )
+            show(savings_report(parts["saved"]))
+    return parts
+
+
+def _shown(as_json: bool) -> Callable[[str], None]:
+    return lambda text: None if as_json else say(console(), text + "\n")
 
 
 def _fresh(fresh: Callable[..., Any], model: Any, ignore_eos: bool, reuse: bool) -> Any:

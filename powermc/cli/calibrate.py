@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,63 +12,54 @@ from powermc.cli import jsonl
 from powermc.cli.sample import check_writable, load
 from powermc.cli.show import console, say
 from powermc.errors import ArgumentError, ModelError
+from powermc.progress import Parts
 
 if TYPE_CHECKING:
+    from powermc.cli.commands import Calibrate
     from powermc.lm.lens import Lens
 
-_INTERVAL = 10.0
+_log = logging.getLogger(__name__)
 
 
-def run(
-    model_name: str,
-    options: dict[str, Any],
-    *,
-    data: Path | None,
-    held_out: Path | None,
-    layers: str | None,
-    head: str,
-    tokens: int | None,
-    alpha: float,
-    out: Path | None,
-    plot: Path | None,
-    quiet: bool,
-) -> int:
+def run(chosen: Calibrate) -> int:
     """Run the command; returns the exit code. Checks what can be checked before the model is loaded."""
-    wanted = layer_list(layers)
-    texts = None if data is None else read_texts(data)
-    others = None if held_out is None else read_texts(held_out)
-    for path in (out, plot):
+    wanted = layer_list(chosen.layers)
+    texts, others = (None if path is None else read_texts(path) for path in (chosen.data, chosen.held_out))
+    for path in (chosen.out, chosen.plot):
         if path is not None:
             check_writable(path)
-    if plot is not None:
+    if chosen.plot is not None:
         _matplotlib()
     from powermc.lm.calibration import cache_path, calibrate, check_settings
 
-    check_settings(head, tokens, alpha)
+    check_settings(chosen.head, chosen.tokens, chosen.alpha)
     notes = console(sys.stderr)
-    model: Any = load(model_name, options, notes, quiet)
-    with _Display(notes, quiet) as display:
+    model: Any = load(chosen.model, chosen.loader, notes, chosen.quiet)
+    ledger = model.ledger
+    with Parts(tokens=lambda: ledger.decoded + ledger.prefilled, quiet=chosen.quiet) as display:
         lens = calibrate(
             model,
             texts,
             layers=wanted,
-            head=head,
+            head=chosen.head,
             held_out=others,
-            tokens=tokens,
-            alpha=alpha,
-            progress=display.show,
+            tokens=chosen.tokens,
+            alpha=chosen.alpha,
+            progress=display.report,
         )
+    out = chosen.out
     if out is None:
-        out = cache_path(model, head)
+        out = cache_path(model, chosen.head)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArgumentError(f"cannot write {out}: {error.strerror}; name another file with --out") from error
     lens.save(out)
-    if plot is not None:
-        draw(lens, plot)
+    _log.info("lens written to %s", out)
+    if chosen.plot is not None:
+        draw(lens, chosen.plot)
     show(lens)
-    if not quiet:
+    if not chosen.quiet:
         say(notes, f"the lens is in {out}")
     return 0
 
@@ -167,33 +158,3 @@ def _text(value: Any, where: str) -> str:
     if not text.strip():
         raise ArgumentError(f"{where}: the text is empty")
     return text
-
-
-class _Display:
-    """What is being done, on standard error: a line that changes on a terminal, one now and then elsewhere."""
-
-    def __init__(self, notes: Any, quiet: bool) -> None:
-        self._notes, self._quiet = notes, quiet
-        self._status: Any = None
-        self._what, self._shown = "", 0.0
-
-    def __enter__(self) -> _Display:
-        if self._notes.is_terminal and not self._quiet:
-            self._status = self._notes.status("calibrating")
-            self._status.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._status is not None:
-            self._status.__exit__(None, None, None)
-
-    def show(self, what: str, share: float) -> None:
-        """Progress of a calibration; see `powermc.lm.corpus.Report`."""
-        now = time.monotonic()
-        if self._quiet:
-            return
-        if self._status is not None:
-            self._status.update(f"{what} {share:.0%}")
-        elif what != self._what or now - self._shown >= _INTERVAL:
-            self._what, self._shown = what, now
-            print(f"powermc: {what} {share:.0%}", file=sys.stderr, flush=True)

@@ -5,72 +5,63 @@ from __future__ import annotations
 import json
 import math
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from powermc.cli import demo
 from powermc.cli.calibrate import layer_list
-from powermc.cli.sample import check_writable, load, read_prompts
+from powermc.cli.sample import check_writable, load, read_prompts, written
 from powermc.cli.show import console, say
 from powermc.errors import ArgumentError
-from powermc.files import write_whole
+from powermc.progress import Parts
 from powermc.sequences.suffix import check_temperature
 
+if TYPE_CHECKING:
+    from powermc.cli.commands import Pilot
 
-def run(
-    model_name: str,
-    options: dict[str, Any],
-    data: Path | None,
-    exit: Path | None,
-    layers: str | None,
-    limit: int,
-    settings: dict[str, Any],
-    *,
-    out: Path | None,
-    as_json: bool,
-    quiet: bool,
-) -> int:
+_SETTINGS = ("alpha", "temperature", "max_new_tokens", "steps", "chains", "plain", "eta", "delta", "seed")
+
+
+def run(chosen: Pilot) -> int:
     """Run the command; returns the exit code. Checks what can be checked before the model is loaded."""
-    if limit < 1:
-        raise ArgumentError(f"limit must be at least 1 prompt, got {limit}")
-    prompts = [q.question for q in demo.questions()] if data is None else read_prompts(data)
-    wanted, heats = layer_list(layers), temperatures(settings.pop("exit_temperatures"))
-    if out is not None:
-        check_writable(out)
+    if chosen.limit < 1:
+        raise ArgumentError(f"limit must be at least 1 prompt, got {chosen.limit}")
+    prompts = [q.question for q in demo.questions()] if chosen.data is None else read_prompts(chosen.data)
+    wanted, heats = layer_list(chosen.layers), temperatures(chosen.exit_temperatures)
+    if chosen.out is not None:
+        check_writable(chosen.out)
     from powermc.evaluation.pilot import check, pilot
     from powermc.lm import Lens, cached_lens
 
+    proposals = tuple(chosen.proposals.split(","))
+    settings: dict[str, Any] = {name: getattr(chosen, name) for name in _SETTINGS} | {"proposals": proposals}
     check(**settings)
-    lens = None if exit is None else Lens.load(exit)
+    lens = None if chosen.exit is None else Lens.load(chosen.exit)
     notes = console(sys.stderr)
-    model: Any = load(model_name, options, notes, quiet)
-    lens = cached_lens(model, wanted) if lens is None else lens
+    model: Any = load(chosen.model, chosen.loader, notes, chosen.quiet)
+    if lens is None:
+        with Parts(quiet=chosen.quiet) as display:
+            lens = cached_lens(model, wanted, progress=display.report)
     reported = {row.layer: row.kl for row in lens.report}
-
-    def notify(name: str) -> None:
-        if not quiet:
-            say(notes, f"powermc: running {name}")
-
-    ready = [model.prompt(text) for text in prompts[:limit]]
+    ready = [model.prompt(text) for text in prompts[: chosen.limit]]
     for prompt in ready:
         model.check_fits(prompt, settings["max_new_tokens"])
     exits = [lens.exit(model, layer) for layer in wanted or lens.layers]
-    found = pilot(
-        model,
-        exits,
-        ready,
-        **settings,
-        exit_temperatures=heats,
-        kl=lambda layer: reported.get(layer, math.nan),
-        notify=notify,
-    )
+    total = 1 + len(exits) * sum(len(heats) if proposal != "full" else 1 for proposal in proposals)
+    ledger = model.ledger
+    with Parts(total, tokens=lambda: ledger.decoded + ledger.prefilled, quiet=chosen.quiet) as display:
+        found = pilot(
+            model,
+            exits,
+            ready,
+            **settings,
+            exit_temperatures=heats,
+            kl=lambda layer: reported.get(layer, math.nan),
+            notify=lambda name: display.begin(f"running {name}"),
+        )
     text = json.dumps(found.to_dict(), allow_nan=False, default=str) + "\n"
-    if out is not None:
-        try:
-            write_whole(out, text)
-        except OSError as error:
-            raise ArgumentError(f"cannot write {out}: {error.strerror}") from error
-    if as_json:
+    if chosen.out is not None:
+        written(chosen.out, text)
+    if chosen.json:
         sys.stdout.write(text)
         return 0
     screen = console()

@@ -4,80 +4,83 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from powermc.cli import demo, jsonl
 from powermc.cli.show import console, say, texts
 from powermc.errors import ArgumentError
+from powermc.files import write_whole
 from powermc.power import LanguageModel, power_sample
 from powermc.results import Run, shorten
 from powermc.settings import Settings
+from powermc.visible import visible
 
 if TYPE_CHECKING:
+    from powermc.cli.commands import Sample
     from powermc.lm import CausalLM
 
-
-class Source(NamedTuple):
-    """Where the prompts come from; exactly one of them must be given."""
-
-    question: str | None
-    file: Path | None
-    demo: bool
-
-    def prompts(self) -> list[str]:
-        """Raises `ArgumentError` unless there is exactly one source, and it can be read."""
-        if (self.question is not None) + (self.file is not None) + self.demo != 1:
-            raise ArgumentError(
-                'give one of: a question in quotes, --file prompts.jsonl, --demo; see "powermc sample -h"'
-            )
-        if self.demo:
-            return [question.question for question in demo.questions()]
-        return read_prompts(self.file) if self.file is not None else [self.question or ""]
+_log = logging.getLogger(__name__)
 
 
-def run(
-    source: Source,
-    model_name: str,
-    options: dict[str, Any],
-    given: dict[str, Any],
-    *,
-    out: Path | None,
-    as_json: bool,
-    quiet: bool,
-) -> int:
-    """Run the command; returns the exit code. `given` holds the settings the user gave, `options` the loader's."""
-    prompts = source.prompts()
-    given = {**demo.SETTINGS, **given} if source.demo else given
-    settings = Settings(**given)
-    settings.check_prompts(prompts)
+def prompts_of(chosen: Sample) -> list[str]:
+    """The prompts. Raises `ArgumentError` unless there is exactly one source of them, and it can be read."""
+    sources = (chosen.question is not None, bool(chosen.prompt), chosen.file is not None, chosen.demo)
+    if sum(sources) != 1:
+        raise ArgumentError(
+            'give one of: a question in quotes, --prompt, --file prompts.jsonl, --demo; see "powermc sample -h"'
+        )
+    if chosen.demo:
+        return [question.question for question in demo.questions()]
+    if chosen.file is not None:
+        return read_prompts(chosen.file)
+    return chosen.prompt or [chosen.question or ""]
+
+
+def settings(chosen: Sample) -> Settings:
+    """The settings of the run. Raises `ArgumentError` for some that no run can have."""
+    return Settings(**_given(chosen))
+
+
+def _given(chosen: Sample) -> dict[str, Any]:
+    return {**demo.SETTINGS, **chosen.given} if chosen.demo else chosen.given
+
+
+def run(chosen: Sample) -> int:
+    """Run the command; returns the exit code."""
+    prompts = prompts_of(chosen)
+    given, checked = _given(chosen), settings(chosen)
+    checked.check_prompts(prompts)
+    out, as_json, quiet = chosen.out, chosen.json, chosen.quiet
     if out is not None:
         check_writable(out)
     notes = console(sys.stderr)
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(), warnings.catch_warnings():
-        if source.demo and not as_json:
-            demo.introduce(console(), model_name, settings)
-        model = load(model_name, options, notes, quiet)
+        if chosen.demo and not as_json:
+            demo.introduce(console(), chosen.model, checked)
+        model = load(chosen.model, chosen.loader, notes, quiet)
         warnings.filterwarnings("ignore", message="prompt .* stopped after", category=RuntimeWarning)
         warnings.showwarning = _one_line
-        result = power_sample(model, prompts, **given, progress=not quiet)
+        result = power_sample(model, prompts, **given, thin=chosen.thin, progress=not quiet)
     written, second = out is None or _write(result, out), None
     if as_json:
         json.dump(result.to_dict(), stdout, allow_nan=False, default=str)
         stdout.write("\n")
         stdout.flush()  # a closed pipe shows here, not when the interpreter ends
-    elif source.demo:
+    elif chosen.demo:
         demo.conclude(console(), result)
-        if settings.kernel == "metropolis" and _has_exits(model) and not (result.interrupted or result.errors):
+        if checked.kernel == "metropolis" and _has_exits(model) and not (result.interrupted or result.errors):
             second = demo.early_exit(console(), cast("CausalLM", model), result, given, quiet=quiet)
     else:
         show(result)
     for (p, c), error in result.errors.items():
-        print(f"error: prompt {p}, chain {c} stopped: {error}", file=sys.stderr)
+        print(f"error: prompt {p}, chain {c} stopped: {visible(str(error))}", file=sys.stderr)
     if not written:
         return 2
     if out is not None and not quiet:
@@ -92,7 +95,7 @@ def _has_exits(model: Any) -> bool:
 
 
 def _one_line(message: Warning | str, *where: object, **more: object) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {visible(str(message))}", file=sys.stderr)
 
 
 def _write(result: Run, out: Path) -> bool:
@@ -106,7 +109,12 @@ def _write(result: Run, out: Path) -> bool:
 
 def load(name: str, options: dict[str, Any], notes: Any, quiet: bool) -> LanguageModel:
     """Load the model; say so, and which of the checkpoint's sampling settings are not applied."""
-    waiting = contextlib.nullcontext() if quiet or not notes.is_terminal else notes.status(f"loading {name}")
+    begun = time.monotonic()
+    waiting = (
+        contextlib.nullcontext()
+        if quiet or not notes.is_terminal
+        else notes.status(f"loading {visible(name)}", spinner="line")
+    )
     with waiting:
         from powermc.lm import CausalLM
 
@@ -114,6 +122,7 @@ def load(name: str, options: dict[str, Any], notes: Any, quiet: bool) -> Languag
             warnings.filterwarnings("always", message=".* is sampled without a cache", category=RuntimeWarning)
             warnings.showwarning = _one_line
             model = CausalLM.from_pretrained(name, **options)
+    _log.info("model %s loaded in %.1f s", name, time.monotonic() - begun)
     ignored = ", ".join(f"{key}={value!r}" for key, value in model.ignored_warpers.items())
     if ignored and not quiet:
         say(notes, f"note: the checkpoint's generation config asks for {ignored}; p(x) is the raw model without them")
@@ -160,3 +169,11 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise ArgumentError(f"cannot write {path}: {error.strerror} ({target.parent})") from error
+
+
+def written(path: Path, text: str) -> None:
+    """Write a file whole. Raises `ArgumentError` if that fails."""
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise ArgumentError(f"cannot write {path}: {error.strerror}") from error
