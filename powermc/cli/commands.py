@@ -13,6 +13,7 @@ from powermc.cli.command import Command
 from powermc.cli.options import (
     EXIT,
     OUTPUT,
+    STORE,
     TARGET,
     Alpha,
     Decoding,
@@ -185,10 +186,29 @@ class Sample(Settings, Guessing, Written):
         ),
     ] = True
 
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="run.db",
+            help="Write the run to this file as it is drawn; it survives a kill.",
+            rich_help_panel=STORE,
+        ),
+    ] = None
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --store, if there is one.", rich_help_panel=STORE),
+    ] = False
     thin: Annotated[
         int,
-        typer.Option(help="Keep the answer after every so manyth step on the last block.", rich_help_panel=OUTPUT),
+        typer.Option(help="Keep the answer after every so manyth step on the last block.", rich_help_panel=STORE),
     ] = 1
+    keep_proposals: Annotated[
+        bool,
+        typer.Option(
+            "--keep-proposals/--no-keep-proposals", rich_help_panel=STORE,
+            help="Whether --store holds the tokens of rejected proposals too.",
+        ),
+    ] = True  # fmt: skip
 
     ALTERNATIVES: ClassVar[tuple[str, ...]] = ("question", "prompt", "file", "demo")
 

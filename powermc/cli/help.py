@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-ORDER = ("Arguments", "Options", "Target and chains", "Early exit", "Model", "Output", "Configuration")
+ORDER = ("Arguments", "Options", "Target and chains", "Early exit", "Model", "Store", "Output", "Configuration")
 """Of the headings of a command's options."""
 
 

@@ -10,7 +10,7 @@ import typer
 
 from powermc.cli.command import Command
 
-MODEL, TARGET, EXIT, OUTPUT = "Model", "Target and chains", "Early exit", "Output"
+MODEL, TARGET, EXIT, STORE, OUTPUT = "Model", "Target and chains", "Early exit", "Store", "Output"
 """Headings of the help; `powermc.cli.help` has their order."""
 
 Model = Annotated[str, typer.Option(help="A folder, a .gguf file, a hub id, or 'smollm2'.", rich_help_panel=MODEL)]

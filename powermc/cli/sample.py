@@ -18,7 +18,9 @@ from powermc.errors import ArgumentError
 from powermc.files import write_whole
 from powermc.power import LanguageModel, power_sample
 from powermc.results import Run, shorten
+from powermc.sampling import check_count
 from powermc.settings import Settings
+from powermc.store.file import check_place
 from powermc.visible import visible
 
 if TYPE_CHECKING:
@@ -56,9 +58,11 @@ def run(chosen: Sample) -> int:
     prompts = prompts_of(chosen)
     given, checked = _given(chosen), settings(chosen)
     checked.check_prompts(prompts)
+    kept = {name: getattr(chosen, name) for name in ("store", "resume", "thin", "keep_proposals")}
     out, as_json, quiet = chosen.out, chosen.json, chosen.quiet
     if out is not None:
         check_writable(out)
+    check_store(chosen)
     notes = console(sys.stderr)
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(), warnings.catch_warnings():
@@ -67,7 +71,7 @@ def run(chosen: Sample) -> int:
         model = load(chosen.model, chosen.loader, notes, quiet)
         warnings.filterwarnings("ignore", message="prompt .* stopped after", category=RuntimeWarning)
         warnings.showwarning = _one_line
-        result = power_sample(model, prompts, **given, thin=chosen.thin, progress=not quiet)
+        result = power_sample(model, prompts, **given, **kept, progress=not quiet)
     written, second = out is None or _write(result, out), None
     if as_json:
         json.dump(result.to_dict(), stdout, allow_nan=False, default=str)
@@ -88,6 +92,16 @@ def run(chosen: Sample) -> int:
     if result.interrupted or (second is not None and second.interrupted):
         return 130
     return 2 if result.errors else 0
+
+
+def check_store(chosen: Sample) -> None:
+    """Raise `ArgumentError` or `StoreError` for a store that this run cannot be written to."""
+    check_count("thin", chosen.thin, least=1)
+    if chosen.store is not None:
+        check_place(chosen.store, resume=chosen.resume)
+    elif chosen.resume or not chosen.keep_proposals:
+        option = "--resume" if chosen.resume else "--no-keep-proposals"
+        raise ArgumentError(f"{option} has no effect without a store; name a file with --store, or leave it out")
 
 
 def _has_exits(model: Any) -> bool:
