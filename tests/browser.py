@@ -93,9 +93,7 @@ class Page:
 
     def size(self, width: int, height: int, *, dark: bool = False, mobile: bool = False) -> None:
         """The window, and the colour scheme that the system asks for."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
@@ -133,10 +131,15 @@ def chromium() -> Iterator[Page]:
     assert COMMAND is not None, MISSING
     (child_in, send), (receive, child_out) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        launch = f'exec "$0" "$@" 3<&{child_in} 4>&{child_out}'
+
+        def at_3_and_4() -> None:  # where Chromium reads and writes; a shell could not name descriptors over 9
+            os.dup2(os.dup(child_out), 4, inheritable=True)
+            os.dup2(child_in, 3, inheritable=True)
+
         process = subprocess.Popen(
-            ["sh", "-c", launch, COMMAND, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(child_in, child_out),
+            [COMMAND, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            preexec_fn=at_3_and_4,
+            pass_fds=(3, 4),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -81,7 +81,6 @@ def _special(run: Run, letters: Alphabet) -> list[int]:
 
 
 def _text(run: Run) -> dict[str, Any]:
-    s = run.settings
     names = [f"{p}: {_short(prompt.text, 40)}" for p, prompt in enumerate(run.prompts)]
     return {
         "title": f"{visible(run.model)}: powermc",
@@ -91,12 +90,27 @@ def _text(run: Run) -> dict[str, Any]:
         "prompts": len(run.prompts),
         "prompt_names": names,
         "cost_sentence": _cost_sentence(run),
-        "configuration_hint": "As TOML: powermc sample --config FILE repeats the run.",
-        "configuration": config.from_settings(s, run.model, prompts=[prompt.text for prompt in run.prompts]),
+        **_configuration(run),
         "facts": visible(json.dumps(jsonable(dict(run.early_exit)), indent=1, default=str, ensure_ascii=False))
         if len(run.early_exit) > 1
         else "",
     }
+
+
+def _configuration(run: Run) -> dict[str, str]:
+    """The settings as TOML, with the prompts where they are text that TOML can hold."""
+    hint = "As TOML: powermc sample --config FILE repeats the run."
+    texts = [prompt.text for prompt in run.prompts]
+    if not all(text.strip() and _encodable(text) for text in texts):
+        texts, hint = [], "As TOML, without the prompts, which are no text."
+    return {
+        "configuration": config.from_settings(run.settings, visible(run.model), prompts=texts),
+        "configuration_hint": hint,
+    }
+
+
+def _encodable(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _lead(run: Run) -> str:
