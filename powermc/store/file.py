@@ -171,7 +171,7 @@ def prepare_writing(connection: sqlite3.Connection, path: Path) -> None:
                     raise
                 time.sleep(0.05)
         connection.execute("PRAGMA synchronous=NORMAL")
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        found = " ".join(connection.execute("PRAGMA quick_check(1)").fetchone()[0].split())
     if found != "ok":
         raise StoreError(
             f"{path}: it is damaged ({found}); go back to a copy, or save what can be read: sqlite3 {path} .recover"

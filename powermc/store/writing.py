@@ -55,9 +55,9 @@ class Store:
             self.connection = connect(self.path, write=True)
             try:
                 ours = recognise(self.connection, self.path)
-                prepare_writing(self.connection, self.path)
                 with explained(self.path):
                     self.header = Reader(self.connection, self.path).header if ours else None
+                prepare_writing(self.connection, self.path)
             except BaseException:
                 self.connection.close()
                 raise
