@@ -98,6 +98,12 @@ def digest(path: str | os.PathLike[str]) -> str:
         return reader.digest()
 
 
+def header_of(path: str | os.PathLike[str]) -> Header:
+    """The header of a store. Raises as `load` does."""
+    with _reading(path) as reader:
+        return reader.header
+
+
 def about(path: str | os.PathLike[str]) -> Facts:
     """Facts of a store, in a moment however many draws it has. Raises as `load` does."""
     with _reading(path) as reader:
