@@ -37,11 +37,8 @@ def refusal(values: np.ndarray, least: int = LEAST_DRAWS) -> str | None:
     if not chains or draws < least:
         n = draws if chains else 0
         return f"{n} draw{'' if n == 1 else 's'} per chain, at least {least} are needed"
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        c, i = (int(k) for k in bad[0])
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        return f"not finite: {values[c, i]} at draw {i} of chain {c}{more}"
+    if (why := _not_finite(values)) is not None:
+        return why
     if (values == values[0, 0]).all():
         return f"constant: every draw of every chain is {values[0, 0]:.6g}"
     if (values == values[:, :1]).all():
@@ -86,7 +83,8 @@ def ess_mean(values: np.ndarray) -> float:
 
 def mcse_mean(values: np.ndarray) -> float:
     """Monte Carlo standard error of the mean: standard deviation / sqrt(ess_mean), in the unit of the values."""
-    return float(np.std(values, ddof=1)) / math.sqrt(ess_mean(values))
+    ess = ess_mean(values)
+    return float(np.std(values, ddof=1)) / math.sqrt(ess)
 
 
 def autocorrelation_time(values: np.ndarray) -> float:
@@ -123,8 +121,8 @@ def nested_rhat(values: np.ndarray, superchains: Sequence[Any]) -> float:
         raise ArgumentError(f"nested R-hat compares superchains, and there are {len(groups)}")
     if len(sizes) > 1:
         raise ArgumentError(f"superchains must have as many chains each, got {sorted(sizes)}")
-    if not np.isfinite(values).all():
-        raise ArgumentError(refusal(values) or "values are not finite")
+    if (why := _not_finite(values)) is not None:
+        raise ArgumentError(why)
     chains, draws = len(groups[0]), values.shape[1]
     if draws == 0 or chains * draws == 1:
         raise ArgumentError("superchains of one chain need at least 2 draws, larger ones at least 1")
@@ -137,6 +135,15 @@ def nested_rhat(values: np.ndarray, superchains: Sequence[Any]) -> float:
     if within == 0:
         raise ArgumentError("no chain moved and chains of a superchain agree: there is no variance within superchains")
     return math.sqrt(1 + float(stack.mean((1, 2)).var(ddof=1)) / within)
+
+
+def _not_finite(values: np.ndarray) -> str | None:
+    bad = np.argwhere(~np.isfinite(values))
+    if not len(bad):
+        return None
+    c, i = (int(k) for k in bad[0])
+    more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+    return f"not finite: {values[c, i]} at draw {i} of chain {c}{more}"
 
 
 def _checked(values: np.ndarray, least: int = LEAST_DRAWS) -> np.ndarray:
