@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from powermc.errors import ArgumentError
 from powermc.sequences.path import Path, Tokens
@@ -25,6 +25,25 @@ PLAIN_INTERVAL = 10.0
 
 DECODE_INTERVAL = 0.5
 """Seconds between two looks at the best answer, for which tokens have to be decoded."""
+
+
+class Lasting:
+    """A stream that takes whatever is written: escapes for what its encoding lacks, and nothing once it is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
+            self.stream.write(encodable(text, self.stream.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
 
 
 class Display:
@@ -53,7 +72,7 @@ class Display:
         refresh: float = 4.0,
     ) -> None:
         self._tokens, self._quiet, self._refresh = tokens, quiet, refresh
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = Lasting(sys.stderr if stream is None else stream)
         self._live: Any = None
         self._begun = self._shown = time.monotonic()
         self._tokens_before = 0
@@ -65,17 +84,16 @@ class Display:
             from rich.console import Console
             from rich.live import Live
 
-            console = Console(file=self._stream, markup=False, highlight=False, emoji=False)
-            # Else what the caller prints to a file would land on the terminal.
-            both = {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": self._stream is sys.stderr}
+            console = Console(file=cast(TextIO, self._stream), markup=False, highlight=False, emoji=False)
+            # What others print meanwhile goes above the display, but not what they print to a file.
+            both = {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": self._stream.stream is sys.stderr}
             self._live = Live(self, console=console, transient=True, refresh_per_second=self._refresh, **both)
             self._live.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._live is not None:
-            with contextlib.suppress(OSError):
-                self._live.__exit__(None, None, None)
+            self._live.__exit__(None, None, None)
             self._live = None
 
     @property
@@ -107,10 +125,8 @@ class Display:
     def _write(self, lines: list[str]) -> None:
         """Write plain lines, unless there is a live display that shows them anyway."""
         if self._live is None and not self._quiet:
-            text = "".join(f"powermc: {line}\n" for line in lines)
-            with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
-                self._stream.write(encodable(text, self._stream.encoding))
-                self._stream.flush()
+            self._stream.write("".join(f"powermc: {line}\n" for line in lines))
+            self._stream.flush()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.cells import cell_len

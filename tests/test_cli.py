@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from powermc.cli.sample import read_prompts
 from powermc.cli.show import names, visible
 from powermc.errors import ArgumentError, ModelError
 from powermc.evaluation import last_number
-from powermc.progress import Progress
 from powermc.settings import Settings
 from tests.fake_lm import FakeLM
 
@@ -480,46 +478,6 @@ def test_doctor(cli):
     code, out, err = cli("doctor", "--model", "unknown")
     assert code == 2
     assert err == "error: there is no model unknown\n"
-
-
-# Progress.
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_the_live_display():
-    stream = Terminal()
-    count = 0
-    with Progress(steps=4, work=8.0, tokens=lambda: count, stream=stream) as progress:
-        count = 500
-        progress.step({"accepted": True}, 2.0)
-        progress.step({"accepted": False}, 2.0)
-        assert progress.share == 0.5
-        assert re.fullmatch(r"2/4 steps  accepted 50%  [\d,]+ tokens/s  0:00  about 0:00 left", progress.line()), (
-            progress.line()
-        )
-        progress._live.refresh()
-        assert "2/4 steps" in stream.getvalue()
-        assert "━" in stream.getvalue()
-    assert "\n\n" not in stream.getvalue()
-
-
-def test_lines_where_there_is_no_terminal(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    stream = io.StringIO()
-    with Progress(steps=100, stream=stream) as progress:
-        for _ in range(30):
-            now[0] += 1.0
-            progress.step({"accepted": True})
-    assert stream.getvalue() == (
-        "powermc: 10/100 steps  accepted 100%  1 steps/s  0:10  about 1:30 left\n"
-        "powermc: 20/100 steps  accepted 100%  1 steps/s  0:20  about 1:20 left\n"
-        "powermc: 30/100 steps  accepted 100%  1 steps/s  0:30  about 1:10 left\n"
-    )
 
 
 # The example.

@@ -78,6 +78,8 @@ MAY_IMPORT = {
     "kernels": {"errors", "types", "bounds", "targets"},
     "sequences": {"errors", "types", "bounds", "targets", "proposals", "kernels"},
     "toy": {"errors", "types", "targets", "sequences"},
+    "config": {"errors", "visible"},
+    "progress": {"errors", "types", "sequences", "visible"},
     "sampling": {"errors", "types", "choices", "scheduling", "sequences", "progress"},
     "testing": {
         "errors", "types", "choices", "targets", "proposals", "scheduling", "kernels", "sequences", "toy",
@@ -95,7 +97,7 @@ def test_dependencies_point_one_way(part):
         assert not wrong, f"{source.relative_to(PACKAGE)} imports {sorted(wrong)}"
 
 
-LATER = {"sampling", "power", "results", "store", "cli", "report", "evaluation", "progress", "settings", "testing"}
+LATER = {"sampling", "power", "results", "store", "cli", "config", "report", "evaluation", "progress", "settings", "testing"}
 
 
 def test_the_language_model_layer_imports_nothing_above_it():

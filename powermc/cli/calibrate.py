@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from powermc import plots
 from powermc.cli import jsonl
 from powermc.cli.sample import check_writable, load
 from powermc.cli.show import console, say
-from powermc.errors import ArgumentError, ModelError
+from powermc.errors import ArgumentError
 from powermc.progress import Parts
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def run(chosen: Calibrate) -> int:
         if path is not None:
             check_writable(path)
     if chosen.plot is not None:
-        _matplotlib()
+        plots.matplotlib()  # before the work: it may be missing
     from powermc.lm.calibration import cache_path, calibrate, check_settings
 
     check_settings(chosen.head, chosen.tokens, chosen.alpha)
@@ -57,7 +58,7 @@ def run(chosen: Calibrate) -> int:
     lens.save(out)
     _log.info("lens written to %s", out)
     if chosen.plot is not None:
-        draw(lens, chosen.plot)
+        plots.save(plots.kl_by_layer(lens), chosen.plot)
     show(lens)
     if not chosen.quiet:
         say(notes, f"the lens is in {out}")
@@ -83,40 +84,6 @@ def show(lens: Lens) -> None:
     if origin.grown_bytes is not None:
         memory += f", which it raised by {origin.grown_bytes / 1e9:.2f} GB"
     say(screen, f"calibration took {origin.seconds:.1f} s{memory}")
-
-
-def draw(lens: Lens, path: Path) -> None:
-    """Plot KL and 1 - TV by layer. Raises `ArgumentError` for a file that cannot be written."""
-    figure_of = _matplotlib()
-    layers = [row.layer for row in lens.report]
-    figure = figure_of(figsize=(7, 4), layout="constrained")
-    left = figure.add_subplot()
-    right = left.twinx()
-    (kl,) = left.plot(layers, [row.kl for row in lens.report], "o-", color="tab:blue", label="KL(p || p~)")
-    (overlap,) = right.plot(
-        layers,
-        [row.overlap for row in lens.report],
-        "s--",
-        color="tab:orange",
-        label=f"1 - TV at temperature {1 / lens.origin.alpha:g}",
-    )
-    left.set(xlabel="exit layer", ylabel="nats per token", ylim=(0, None), title=f"Exits of {lens.origin.model}")
-    right.set(ylabel="share of draws in common", ylim=(0, 1))
-    left.set_xticks(layers)
-    left.legend(handles=[kl, overlap], loc="best")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:  # a full disk; a suffix that names no format
-        raise ArgumentError(f"cannot write the plot {path}: {error}") from error
-
-
-def _matplotlib() -> Any:
-    """The class of figures; figures made without pyplot need no screen."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ModelError("--plot needs the package matplotlib: pip install 'powermc[plots]'") from error
-    return Figure
 
 
 def layer_list(text: str | None) -> list[int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +12,7 @@ from rich.console import Console
 from powermc.cli.show import names, say, texts
 from powermc.evaluation import last_number
 from powermc.power import power_sample
+from powermc.progress import Parts
 from powermc.results import Run
 from powermc.sequences import default_temperature
 from powermc.settings import Settings
@@ -116,7 +116,8 @@ def early_exit(out: Console, model: CausalLM, plain: Run, given: Mapping[str, An
     texts = [
         (*model.prompt(text["prompt"]).ids, *model.text.encode(text["completion"], False)) for text in shipped_texts()
     ]
-    lens = calibrate(model, texts, layers=[layer], progress=None if quiet else _progress())
+    with Parts(quiet=quiet) as display:
+        lens = calibrate(model, texts, layers=[layer], progress=display.report)
     say(out, lens.table() + "\n")
     run = power_sample(
         model, [q.question for q in questions()], **{**given, "exit": lens, "kernel": "early-exit"}, progress=not quiet
@@ -162,15 +163,3 @@ def comparison(plain: Run, early: Run, name: str) -> str:
     rows = [("", "plain MH", name), *((what, show(plain), show(early)) for what, show in lines)]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
-
-
-def _progress() -> Callable[[str, float], None]:
-    """A line on standard error for each part of a calibration."""
-    begun: set[str] = set()
-
-    def show(what: str, share: float) -> None:
-        if what not in begun:
-            begun.add(what)
-            print(f"powermc: {what}", file=sys.stderr, flush=True)
-
-    return show
