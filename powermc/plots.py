@@ -206,10 +206,7 @@ def all(run: Run, prompt: int = 0) -> dict[str, Figure]:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure: whole or not at all, in the format that the name ends with. Raises `ArgumentError` if it cannot.
-
-    The same figure gives the same bytes.
-    """
+    """Write a figure: whole or not at all, in the format that the name ends with. Raises `ArgumentError` if it cannot."""
     from io import BytesIO
 
     name = os.fspath(path)

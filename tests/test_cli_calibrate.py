@@ -179,7 +179,7 @@ def test_without_matplotlib(cli, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = cli("calibrate", "--plot", tmp_path / "p.png")
     assert code == 2
-    assert err == "error: --plot needs the package matplotlib: pip install 'powermc[plots]'\n"
+    assert err == "error: plots need the package matplotlib: pip install 'powermc[plots]'\n"
 
 
 def test_a_plot_of_no_format(cli, folder, data, tmp_path):

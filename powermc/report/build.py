@@ -73,6 +73,11 @@ def blocks(found: Report) -> list[tuple[str, Any]]:
     return [("run", found.run), *prompts, *chains]
 
 
+def check_packages() -> None:
+    """Raise `ModelError` without the packages of the extra `report`."""
+    _needed()
+
+
 def _needed() -> tuple[Any, Any, str]:
     """jinja2, its `Markup`, and the source of plotly.js."""
     try:
