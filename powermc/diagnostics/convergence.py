@@ -98,7 +98,7 @@ def measure(
     functional: str = "f",
     prompt: int = 0,
     chains: Sequence[int] | None = None,
-    superchains: Sequence[Any] | None = None,
+    superchains: Sequence[Any] | str | None = None,
     thin: int = 1,
 ) -> Convergence:
     """All figures of `Convergence` for values of shape (chain, draw), with guards; never raises for bad values.
@@ -110,7 +110,7 @@ def measure(
     functional, prompt, chains
         For names: of the functional, the prompt, and the chains that the rows are (0, 1, ... if None).
     superchains
-        Of each row, for `nested_rhat`; None: none is computed.
+        Of each row, for `nested_rhat`; None: none is computed; a string: none, and why.
     thin
         Kernel steps from one draw to the next; `tau` is given in steps.
     """
@@ -175,7 +175,8 @@ def convergence(
     prompts
         Which; None for all.
     superchains
-        superchains[chain]: chains of one superchain started at one path. None: no nested R-hat.
+        superchains[chain]: chains of one superchain started at one path (`Chain.starts`; where they did not, nested
+        R-hat would make the bias look smaller than it is, and is refused). None: no nested R-hat.
 
     Raises `ArgumentError` for a functional that gives something else than a number, or has the name of another.
     """
@@ -188,7 +189,7 @@ def convergence(
         guards += kept.guards
         values = {name: kept.values(f, name) for name, f in {**BUILT_IN, **of_path}.items()}
         values |= {name: kept.text_values(f, name) for name, f in of_text.items()}
-        groups = None if superchains is None else [superchains[c] for c in kept.chains]
+        groups = None if superchains is None else _groups(run, kept, superchains)
         rows = [_measured(run, kept, name, v, groups) for name, v in values.items()]
         few = _few(kept)
         guards += [g for g in (few, _scope(run, p)) if g is not None]
@@ -212,7 +213,7 @@ def finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def _measured(run: Run, kept: Kept, name: str, values: np.ndarray, groups: Sequence[Any] | None) -> Convergence:
+def _measured(run: Run, kept: Kept, name: str, values: np.ndarray, groups: Sequence[Any] | str | None) -> Convergence:
     if run.settings["scope"] == "block" and blocks(run) > 1:
         why = "scope 'block': each chain draws from a law of its own, that of its frozen prefix"
         mean, nothing = float(values.mean()) if values.size else math.nan, dict.fromkeys(("sd", *FIGURES), math.nan)
@@ -236,9 +237,24 @@ def _few(kept: Kept) -> Guard | None:
     return Guard("few-chains", why, f"run at least {LEAST_CHAINS} chains", kept.prompt)
 
 
-def _nested(values: np.ndarray, superchains: Sequence[Any] | None) -> float:
+def _groups(run: Run, kept: Kept, superchains: Sequence[Any]) -> list[Any] | str:
+    """The superchain of each chain used, or why there are none."""
+    chains = run.chains[kept.prompt]
+    if len(superchains) != len(chains):
+        raise ArgumentError(f"superchains has {len(superchains)} entries for {len(chains)} chains")
+    first: dict[Any, int] = {}
+    for c in kept.chains:
+        b = first.setdefault(superchains[c], c)
+        if chains[b].starts.get(0) != chains[c].starts.get(0):
+            return f"chains {b} and {c} of superchain {superchains[c]!r} started at different paths"
+    return [superchains[c] for c in kept.chains]
+
+
+def _nested(values: np.ndarray, superchains: Sequence[Any] | str | None) -> float:
     if superchains is None:
         raise ArgumentError("no superchains were given")
+    if isinstance(superchains, str):
+        raise ArgumentError(superchains)
     return mixing.nested_rhat(values, superchains)
 
 
