@@ -206,7 +206,7 @@ def all(run: Run, prompt: int = 0) -> dict[str, Figure]:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure: whole or not at all, in the format that the name ends with. Raises `ArgumentError` if it cannot."""
+    """Write a figure: whole or not at all, in the format that the name ends with. `ArgumentError` if that fails."""
     from io import BytesIO
 
     name = os.fspath(path)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from powermc import power_sample
+from powermc.errors import ChainError
 from powermc.lm.ledger import Ledger
 from powermc.results import Chain, Run
 from powermc.sequences import Path, Prompt
 from powermc.settings import Settings
+from tests.fake_lm import FakeLM
 
 WORDS = ("the", "of", "a", "loaf", "costs", "so", "then", "she", "earns", "four", "dollars", "each", "is", "we", "add")
 HOSTILE = (
@@ -167,3 +171,42 @@ def _columns(steps: int, screened: bool) -> dict[str, np.ndarray]:
         **{name: np.zeros(steps, dtype=bool) for name in flags},
         **{name: np.full(steps, np.nan) for name in floats},
     }
+
+
+SMALL = {"max_new_tokens": 12, "block_size": 4, "steps": 3, "chains": 2, "alpha": 2.0}
+
+
+def _failed(run: Run) -> Run:
+    error = ChainError("logits are NaN")
+    chain = replace(run.chains[0][1], error=error, path=None, text=None, draws=(), history=(), steps=0)
+    return replace(run, chains=((run.chains[0][0], chain, *run.chains[0][2:]),))
+
+
+def _without_text(run: Run) -> Run:
+    chains = tuple(replace(c, text=None, draw_texts=(None,) * len(c.draws)) for c in run.chains[0])
+    return replace(run, chains=(chains,), pieces={})
+
+
+def _without_history(run: Run) -> Run:
+    """As someone makes one by hand."""
+    chains = tuple(replace(c, history=(), starts={}) for c in run.chains[0])
+    return replace(run, chains=(chains,), proposals=())
+
+
+def _substituted(run: Run) -> Run:
+    return replace(run, early_exit={**run.early_exit, "proposal": "substitution"})
+
+
+ODD: dict[str, Callable[[], Run]] = {
+    "no steps": lambda: power_sample(FakeLM(), "q", **{**SMALL, "steps": 0}),
+    "one chain": lambda: power_sample(FakeLM(), "q", **{**SMALL, "chains": 1}),
+    "thinned": lambda: power_sample(FakeLM(), "q", **SMALL, draws=9, thin=3),
+    "interrupted": lambda: power_sample(FakeLM(interrupt_at=70), ["a", "b"], **SMALL),
+    "a surrogate": lambda: power_sample(FakeLM(), "q", **SMALL, kernel="early-exit", exit=FakeLM(seed=1)),
+    "metropolis": lambda: made_up(kernel="metropolis", steps=20),
+    "substitution": lambda: _substituted(made_up(steps=20)),
+    "a failed chain": lambda: _failed(made_up(steps=20)),
+    "no text": lambda: _without_text(made_up(steps=20)),
+    "no history": lambda: _without_history(made_up(steps=20)),
+}
+"""Runs that a picture or a report must cope with, by what is odd about them."""

@@ -11,7 +11,7 @@ import pytest
 from powermc.report import write
 from tests import browser
 from tests.browser import Page
-from tests.runs import HOSTILE, made_up
+from tests.runs import HOSTILE, ODD, made_up
 
 pytestmark = pytest.mark.skipif(browser.COMMAND is None, reason=browser.MISSING)
 
@@ -198,6 +198,18 @@ def test_hostile_text_is_shown_and_never_run(page, hostile):
     assert r"\u202egnp.exe" in text
     assert not set("\u202e\u2028\x1b\x00") & set(text)
     assert "\\ud800" in prompt
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_runs_can_be_looked_at(page, tmp_path, name):
+    """Chains without steps, text, or paths; stepping through them, and everything drawn that there is."""
+    write(ODD[name](), tmp_path / "run.html")
+    page.open(tmp_path / "run.html")
+    for key in ("ArrowLeft", "ArrowRight", "ArrowRight", ".", "j", "ArrowRight", "n", "k", "c"):
+        page.press(key)
+    if name in ("no steps", "interrupted", "a failed chain"):  # which may leave a chart empty; plotly takes a while
+        scroll_through(page)
+    assert page.complaints == []
 
 
 @pytest.mark.parametrize("dark", [False, True])
