@@ -240,6 +240,12 @@ class Run:
 
         to_netcdf(self, path, prompt, **functionals)
 
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """The run as one HTML file that holds everything it shows; see `powermc.report.write`."""
+        from powermc.report import write
+
+        write(self, path)
+
     def ending(self, prompt: int, chain: int) -> str:
         """How the last path ends: "finished", "cut at T" (the horizon), or "growing" if the run stopped first."""
         path = self.chains[prompt][chain].path

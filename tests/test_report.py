@@ -14,12 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powermc import ArgumentError, ModelError
+from powermc import ArgumentError, ModelError, PowermcError, Run, power_sample
+from powermc.cli.report import report as command
 from powermc.report import page, write
 from powermc.report.build import _json
 from powermc.report.data import report
 from powermc.report.packing import UNKNOWN, alphabet, pack_scores, short
 from powermc.report.walk import ABANDONED, MOVED, NULL, SAME, STAGE1, TURNED_DOWN, outcomes
+from tests.fake_lm import FakeLM
 from tests.runs import ODD, made_up
 
 
@@ -161,7 +163,45 @@ def test_odd_runs_have_a_report_too(name, tmp_path):
 
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(ArgumentError, match=r"cannot write the report .*no/such/run\.html: No such file or directory"):
-        write(made_up(steps=10), tmp_path / "no/such/run.html")
+        made_up(steps=10).report(tmp_path / "no/such/run.html")
+
+
+def test_a_store_has_the_report_of_its_run(tmp_path):
+    """From a file with the rejected proposals, the page is that of the run in memory; without, it is shorter."""
+    small = {"max_new_tokens": 12, "block_size": 4, "steps": 6, "chains": 2, "alpha": 2.0}
+    run = power_sample(FakeLM(), ["a", "b"], **small, store=tmp_path / "full.db")
+    stored, found = report(Run.load(tmp_path / "full.db")), report(run)
+    assert stored.chains == found.chains
+    assert stored.prompts == found.prompts
+    power_sample(FakeLM(), ["a", "b"], **small, store=tmp_path / "lean.db", keep_proposals=False)
+    lean = report(Run.load(tmp_path / "lean.db"))
+    assert {key: data["keep"] for key, data in lean.chains.items()} == {k: d["keep"] for k, d in found.chains.items()}
+    assert max(max(data["proposalLengths"]) for data in lean.chains.values()) == -1
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda url: bool(opened.append(url)))
+    store, out = tmp_path / "run.db", tmp_path / "run.html"
+    power_sample(FakeLM(), "q", max_new_tokens=8, block_size=4, steps=4, chains=2, store=store)
+    assert command(store, out=out, open_browser=True, quiet=False) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(
+        rf"the report is in {out} \(\d\.\d MB\)\nno browser could be started; open the file by hand\n", printed.err
+    )
+    assert opened == [out.as_uri()]
+    assert command(store, out=out, quiet=True) == 0
+    assert capsys.readouterr() == ("", "")
+    for bad, message in [
+        ({"file": store, "out": store}, "is the store itself; name another file for the report"),
+        ({"file": store, "out": tmp_path}, "it is a folder; name a file in it"),
+        ({"file": out, "out": tmp_path / "b.html"}, "run.html"),
+        ({"file": tmp_path / "none.db", "out": tmp_path / "b.html"}, "none.db"),
+    ]:
+        with pytest.raises(PowermcError, match=message):
+            command(**bad, quiet=True)
+    assert not (tmp_path / "b.html").exists()
 
 
 @pytest.mark.parametrize("package", ["jinja2", "plotly.offline"])
