@@ -219,8 +219,8 @@ def test_the_help_is_a_line_or_two_per_option(capsys, name):
 
 def needed(name):
     """What a command cannot do without."""
-    command = GROUP.commands[name]  # type: ignore[attr-defined]
-    return ["x" for parameter in command.params if parameter.required]
+    required = [parameter for parameter in GROUP.commands[name].params if parameter.required]  # type: ignore[attr-defined]
+    return [part for parameter in required for part in (*parameter.opts[-1:], "x") if part != parameter.name]
 
 
 @pytest.mark.parametrize("name", NAMES)

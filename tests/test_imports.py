@@ -97,7 +97,9 @@ def test_dependencies_point_one_way(part):
         assert not wrong, f"{source.relative_to(PACKAGE)} imports {sorted(wrong)}"
 
 
-LATER = {"sampling", "power", "results", "store", "cli", "config", "report", "evaluation", "progress", "settings", "testing"}
+LATER = {
+    "sampling", "power", "results", "store", "cli", "config", "report", "evaluation", "progress", "settings", "testing",
+}  # fmt: skip
 
 
 def test_the_language_model_layer_imports_nothing_above_it():

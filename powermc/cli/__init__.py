@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from powermc._version import __version__
-from powermc.cli import commands
+from powermc.cli import commands, sampling
 from powermc.cli.command import add, failed
 from powermc.cli.help import PlainGroup
 
@@ -44,9 +44,13 @@ def _root(
         raise typer.Exit(2)
 
 
-SAMPLING, TUNING, MACHINE = "Sampling", "Early exit", "This machine"
+SAMPLING, STORES, TUNING, MACHINE = "Sampling", "Stored runs", "Early exit", "This machine"
 
-add(app, "sample", commands.Sample, SAMPLING)
+add(app, "sample", sampling.Sample, SAMPLING)
+add(app, "resume", sampling.Resume, SAMPLING)
+add(app, "show", commands.Show, STORES)
+add(app, "report", commands.Report, STORES)
+add(app, "merge", commands.Merge, STORES)
 add(app, "calibrate", commands.Calibrate, TUNING)
 add(app, "pilot", commands.Pilot, TUNING)
 add(app, "bench", commands.Bench, MACHINE)

@@ -42,6 +42,9 @@ class Command:
     ALTERNATIVES: ClassVar[tuple[str, ...]] = ()
     """Options of which one is given. One from the command line replaces any from a file."""
 
+    INTERRUPTED: ClassVar[str] = "interrupted; nothing was drawn"
+    """What to say after Ctrl-C."""
+
     def run(self) -> int:
         """Do it; returns the exit code."""
         raise NotImplementedError
@@ -84,7 +87,7 @@ def add(app: typer.Typer, name: str, command: type[Command], panel: str) -> None
 
     def call(ctx: typer.Context, config: Path | None, print_config: bool, **options: Any) -> None:
         options = _settled(ctx, command, options)
-        raise typer.Exit(guarded(lambda: _run(name, command(**options), print_config)))
+        raise typer.Exit(guarded(lambda: _run(name, command(**options), print_config), command.INTERRUPTED))
 
     options = options_of(command)
     parameters = [
@@ -154,14 +157,14 @@ def _run(name: str, command: Command, print_config: bool) -> int:
         return command.run()
 
 
-def guarded(work: Callable[[], int]) -> int:
+def guarded(work: Callable[[], int], interrupted: str) -> int:
     """Do some work; an error made on purpose becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
         return work()
     except PowermcError as error:
         return failed(str(error))
     except KeyboardInterrupt:
-        print("interrupted; nothing was drawn", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
 
 

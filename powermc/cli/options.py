@@ -13,6 +13,8 @@ from powermc.cli.command import Command
 MODEL, TARGET, EXIT, STORE, OUTPUT = "Model", "Target and chains", "Early exit", "Store", "Output"
 """Headings of the help; `powermc.cli.help` has their order."""
 
+DTYPES = "float32|float64|bfloat16|float16"
+
 Model = Annotated[str, typer.Option(help="A folder, a .gguf file, a hub id, or 'smollm2'.", rich_help_panel=MODEL)]
 PromptFile = Annotated[
     Path | None, typer.Option(help="Prompts, JSONL as for 'sample --file'; default: those that ship with powermc.")
@@ -23,22 +25,19 @@ Lens = Annotated[
         help="A lens made by 'powermc calibrate'; default: the model's cached one.", rich_help_panel=EXIT
     ),
 ]  # fmt: skip
+StoreFile = Annotated[Path, typer.Argument(help="A store that 'sample --store' wrote.", metavar="run.db")]
 Alpha = Annotated[float, typer.Option(help="Power of the target p(x)^alpha.", rich_help_panel=TARGET)]
 Seed = Annotated[int, typer.Option(help="The same seed draws the same chains.", rich_help_panel=TARGET)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights(Command):
-    """How a model's weights are loaded."""
+class Loader(Command):
+    """How a model is loaded; those below add to `loader`."""
 
     gguf_file: Annotated[
         str | None,
         typer.Option(help="Name of a GGUF file in the model's folder or repository.", rich_help_panel=MODEL),
     ] = None
-    dtype: Annotated[
-        str,
-        typer.Option(metavar="float32|float64|bfloat16|float16", help="Of the model's weights.", rich_help_panel=MODEL),
-    ] = "float32"
     device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda:0.", rich_help_panel=MODEL)] = (
         "cpu"
     )
@@ -46,20 +45,27 @@ class Weights(Command):
     @property
     def loader(self) -> dict[str, Any]:
         """What `CausalLM.from_pretrained` is given beside the name."""
-        return {name: getattr(self, name) for name in ("gguf_file", "dtype", "device")}
+        return {"gguf_file": self.gguf_file, "device": self.device}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Loader):
+    dtype: Annotated[str, typer.Option(metavar=DTYPES, help="Of the model's weights.", rich_help_panel=MODEL)] = (
+        "float32"
+    )
+
+    @property
+    def loader(self) -> dict[str, Any]:
+        return {**super().loader, "dtype": self.dtype}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loading(Weights):
-    """Which model."""
-
     model: Model = "smollm2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoding(Loading):
-    """How many rows a model decodes side by side."""
-
+class Rows(Loader):
     max_rows: Annotated[
         int, typer.Option(help="Most rows decoded side by side; more chains take turns.", rich_help_panel=MODEL)
     ] = 64
@@ -77,9 +83,7 @@ class Decoding(Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guessing(Decoding):
-    """Whether decoding guesses ahead."""
-
+class Guessing(Loader):
     speculate: Annotated[
         int,
         typer.Option(
@@ -91,6 +95,20 @@ class Guessing(Decoding):
     @property
     def loader(self) -> dict[str, Any]:
         return {**super().loader, "speculate": self.speculate}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reusing(Loader):
+    reuse: Annotated[
+        bool,
+        typer.Option(
+            "--reuse/--no-reuse", help="Never run again what has been run of the same tokens.", rich_help_panel=MODEL
+        ),
+    ] = True
+
+    @property
+    def loader(self) -> dict[str, Any]:
+        return {**super().loader, "reuse": self.reuse}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,5 +130,6 @@ class Written(Json):
     """A result that may also be written to a file."""
 
     out: Annotated[
-        Path | None, typer.Option(help="Write the whole result to this JSON file.", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option("--out", "-o", help="Write the whole result to this JSON file.", rich_help_panel=OUTPUT),
     ] = None

@@ -24,7 +24,7 @@ from powermc.store.file import check_place
 from powermc.visible import visible
 
 if TYPE_CHECKING:
-    from powermc.cli.commands import Sample
+    from powermc.cli.sampling import Sample
     from powermc.lm import CausalLM
 
 _log = logging.getLogger(__name__)
