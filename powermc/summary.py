@@ -1,59 +1,90 @@
-"""What a person reads after a run: one screen of plain text."""
+"""What a person reads after a run: one screen of plain text.
+
+It ends with a sentence per warning and what to do about it. ArviZ is never imported; SciPy only where there are draws
+enough for R-hat.
+"""
 
 from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from powermc.diagnostics.convergence import Convergence, convergence
+from powermc.diagnostics.efficiency import efficiency
+from powermc.diagnostics.guards import Guard, blocks, sentences
+from powermc.diagnostics.moves import false_rejections, moves_by_cut
 from powermc.results import shorten
 
 if TYPE_CHECKING:
     from powermc.results import Run
 
-_MANY_ROWS, _MANY_PROMPTS = 24, 16
+_MOST_LINES, _MOST_PROMPTS, _MOST_ERRORS = 20, 12, 4
+_CUTS = 5
+_STILL = ("constant", "constant-chain")
 
 
 def summarise(run: Run) -> str:
-    """One screen of plain text: settings, what each chain did, what it cost. Prompts are quoted safely."""
+    """Settings, what each chain did, how the chains mix, what it cost, and warnings. Prompts are quoted safely."""
+    found, guards = convergence(run)
+    mixing = [row for row in found if row.functional == "log_p"]
+    by_chain = _by_chain(run, mixing)
     lines = _settings_lines(run)
-    rows = sum(len(chains) for chains in run.chains)
-    lines += _by_chain(run) if rows <= _MANY_ROWS else _by_prompt(run)
-    lines += [""]
+    lines += by_chain if len(by_chain) <= _MOST_LINES else [*_by_prompt(run), *_mixing_of_all(mixing)]
+    ends = _ending_lines(run)
+    notes = [line for note in run.notes for line in _wrap(f"note: {note}")]
+    warnings = [line for text in _warnings(guards) for line in _wrap(f"warning: {text}")]
+    tail = [*_stage_lines(run), *_cut_lines(run), *_cost_lines(run), *_effective_lines(run, mixing), *notes]
+    return "\n".join([*lines, "", *ends, *tail, *([""] if warnings else []), *warnings])
+
+
+def _warnings(guards: Sequence[Guard]) -> list[str]:
+    """Sentences; of chains that stopped `_ending_lines` tells. That all paths are as long as they may be is no news."""
+    told = (g for g in guards if g.kind != "failed" and not (g.kind in _STILL and g.functional != "log_p"))
+    return sentences(told)
+
+
+def _ending_lines(run: Run) -> list[str]:
+    lines: list[str] = []
     if run.interrupted:
         steps = sum(chain.steps for chains in run.chains for chain in chains)
-        lines.append(f"interrupted after {steps:,} of {rows * _steps_per_chain(run):,} steps")
-    lines += [f"prompt {p}, chain {c} stopped: {error}" for (p, c), error in run.errors.items()]
-    notes = [line for note in run.notes for line in _wrap(f"note: {note}")]
-    return "\n".join([*lines, *_stage_lines(run), *_cost_lines(run), *notes])
-
-
-def _steps_per_chain(run: Run) -> int:
-    return -(-run.settings["max_new_tokens"] // run.settings["block_size"]) * run.settings["steps"]
+        whole = (blocks(run) - 1) * run.settings["steps"] + run.settings["draws"]
+        planned = sum(len(chains) for chains in run.chains) * whole
+        lines.append(f"interrupted after {steps:,} of {planned:,} steps")
+    errors = list(run.errors.items())
+    lines += [f"prompt {p}, chain {c} stopped: {error}" for (p, c), error in errors[:_MOST_ERRORS]]
+    if len(errors) > _MOST_ERRORS:
+        lines.append(f"... and {_count(len(errors) - _MOST_ERRORS, 'more chain')}")
+    if errors:
+        lines.append("chains that stopped are left out of R-hat and of what follows from draws")
+    return lines
 
 
 def _settings_lines(run: Run) -> list[str]:
     s = run.settings
     reward = "" if s["reward"] is None else f" exp({s['reward']}(x))"
-    blocks = -(-s["max_new_tokens"] // s["block_size"])
     what = (
         f"{run.model}: target p(x)^{s['alpha']:g}{reward}, proposals at temperature {s['temperature']:g}, "
         f"cut law {s['cut']}"
     )
-    lines = [
-        *_wrap(what),
-        f"{_count(s['chains'], 'chain')}, {_count(s['max_new_tokens'], 'token')} in {_count(blocks, 'block')}, "
-        f"{_count(s['steps'], 'step')} after each, scope {s['scope']}, seed {s['seed']}",
-    ]
+    after = f"{_count(s['steps'], 'step')} after each"
+    if s["draws"] != s["steps"]:
+        after += f" and {s['draws']:,} after the last"
+    how = (
+        f"{_count(s['chains'], 'chain')}, {_count(s['max_new_tokens'], 'token')} in {_count(blocks(run), 'block')}, "
+        f"{after}, scope {s['scope']}, seed {s['seed']}"
+    )
+    lines = [*_wrap(what), *_wrap(how)]
     if s["scope"] == "block":
         lines.append("scope block: each block is exact for p^alpha given its prefix,")
         lines.append("which is not p^alpha of the whole path")
     return lines
 
 
-def _by_chain(run: Run) -> list[str]:
+def _by_chain(run: Run, mixing: Sequence[Convergence]) -> list[str]:
     lines: list[str] = []
     for p, prompt in enumerate(run.prompts):
         lines += ["", f"prompt {p}: {shorten(prompt.text, 68)}"]
@@ -67,12 +98,47 @@ def _by_chain(run: Run) -> list[str]:
                 f"  {c:<5}  {len(chain.path):>6}  {run.ending(p, c):<9}  {chain.path.log_prob:>8.2f}   "
                 f"{_share(accepted, steps):<11}  {_share(changed, accepted)}"
             )
+        lines += _mixing_of(mixing[p])
     return lines
+
+
+def _mixing_of(row: Convergence) -> list[str]:
+    """R-hat and effective draws of one prompt, or why there are none."""
+    if not row.draws:
+        return []
+    parts = [f"log p {row.mean:.2f}" + ("" if math.isnan(row.mcse) else f" +- {row.mcse:.2f}")]
+    if not math.isnan(row.rhat):
+        parts.append(f"R-hat {row.rhat:.2f}")
+    if not math.isnan(row.ess_bulk):
+        parts.append(f"{row.ess_bulk:,.0f} effective of {_count(len(row.chains) * row.draws, 'draw')}")
+    missing = [what for what, name in (("R-hat", "rhat"), ("effective draws", "ess_bulk")) if name in row.reasons]
+    if missing:
+        why = row.reasons.get("rhat") or row.reasons["ess_bulk"]
+        parts.append(f"{' and '.join(missing)} unknown: {why}")
+    return _wrap(f"  {'; '.join(parts)}")
+
+
+def _mixing_of_all(mixing: Sequence[Convergence]) -> list[str]:
+    """R-hat and effective draws over many prompts: the middle and the worst."""
+    lines: list[str] = []
+    known = [row for row in mixing if not math.isnan(row.rhat)]
+    if known:
+        worst = max(known, key=lambda row: row.rhat)
+        middle = float(np.median([row.rhat for row in known]))
+        lines.append(f"R-hat of log p: median {middle:.2f}, worst {worst.rhat:.2f} (prompt {worst.prompt})")
+    known = [row for row in mixing if not math.isnan(row.ess_bulk)]
+    if known:
+        least = min(known, key=lambda row: row.ess_bulk)
+        total, draws = sum(row.ess_bulk for row in known), sum(len(row.chains) * row.draws for row in known)
+        lines.append(
+            f"effective draws of log p: {total:,.0f} of {draws:,}; least {least.ess_bulk:,.0f} (prompt {least.prompt})"
+        )
+    return ["", *lines] if lines else []
 
 
 def _by_prompt(run: Run) -> list[str]:
     lines = ["", "prompt  chains  tokens     log p  accepted  of these changed  text"]
-    for p, prompt in enumerate(run.prompts[:_MANY_PROMPTS]):
+    for p, prompt in enumerate(run.prompts[:_MOST_PROMPTS]):
         paths = [chain.path for chain in run.chains[p] if chain.path is not None]
         if not paths:
             lines.append(f"{p:<6}  {0:>6}  nothing drawn")
@@ -83,8 +149,8 @@ def _by_prompt(run: Run) -> list[str]:
             f"{np.mean([x.log_prob for x in paths]):>8.2f}  {_percent(accepted, steps):>8}  "
             f"{_percent(changed, accepted):>16}  {shorten(prompt.text, 22)}"
         )
-    if len(run.prompts) > _MANY_PROMPTS:
-        lines.append(f"... and {len(run.prompts) - _MANY_PROMPTS} more prompts")
+    if len(run.prompts) > _MOST_PROMPTS:
+        lines.append(f"... and {len(run.prompts) - _MOST_PROMPTS} more prompts")
     return lines
 
 
@@ -105,6 +171,10 @@ def _stage_lines(run: Run) -> list[str]:
         f"      stage 2: {_share(stages.accepted, stages.passed)} accepted; "
         f"gated {_share(stages.gated, stages.screened + stages.gated)}, plain {stages.plain:,}",
     ]
+    false = false_rejections(run)
+    if false is not None and false.reason is None:
+        low, high = (f"{100 * x:.2g}%" for x in (false.lower, false.upper))
+        lines.append(f"      falsely rejected by stage 1: {low} to {high} of proposals, in equilibrium")
     if facts["advice"]:
         lines += textwrap.wrap(f"note: {facts['advice']}", 80)
     if stages.screened and (cost := facts.get("cost")):
@@ -123,6 +193,31 @@ def _stage_lines(run: Run) -> list[str]:
             "      held out " + ("unknown" if math.isnan(facts["kl_held_out"]) else f"{facts['kl_held_out']:.2f}"),
         ]
     return lines
+
+
+def _cut_lines(run: Run) -> list[str]:
+    """The share of proposals accepted, by where they cut."""
+    bins = [b for b in moves_by_cut(run, bins=_CUTS) if b.proposed]
+    if not bins:
+        return []
+    shares = ", ".join(f"{_percent(b.accepted, b.proposed)} at {b.first}-{b.last - 1}" for b in bins)
+    return _wrap(f"accepted by token cut at: {shares}")
+
+
+def _effective_lines(run: Run, mixing: Sequence[Convergence]) -> list[str]:
+    (rates,) = efficiency(run, mixing) or (None,)
+    if rates is None or math.isnan(rates.ess):
+        return []
+    parts = [
+        f"{scale * rate:.3g} {unit}"
+        for rate, scale, unit in (
+            (rates.per_second, 1, "a second"),
+            (rates.per_full_token, 1e3, "per 1,000 tokens at full depth"),
+            (rates.per_flop, 1e12, "per TFLOP"),
+        )
+        if not math.isnan(rate)
+    ]
+    return _wrap(f"effective draws of log p: {', '.join(parts)}") if parts else []
 
 
 def _cost_lines(run: Run) -> list[str]:

@@ -208,8 +208,8 @@ def test_sentences_name_the_worst_of_a_kind():
     ]
     said = sentences(g for row in rows for g in row.guards if g.kind == "disagree")
     assert len(said) == 1
-    assert said[0].startswith("prompt 1, f: R-hat is ")
-    assert said[0].endswith(" (and 2 more like it); take more draws, or lower alpha.")
+    assert said[0].startswith("R-hat is ")
+    assert said[0].endswith("have not mixed (prompt 1, f, and 2 more); take more draws, or lower alpha.")
 
 
 # Moves.

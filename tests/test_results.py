@@ -141,14 +141,56 @@ def test_the_summary_names_reward_errors_and_interruptions():
 def test_many_prompts_still_fit_one_screen():
     many = power_sample(FakeLM(), [f"question {i}" for i in range(40)], **SMALL)
     lines = many.summary().splitlines()
-    assert len(lines) < 26
-    assert "... and 24 more prompts" in lines
+    assert len(lines) < 36
+    assert "... and 28 more prompts" in lines
     row = next(line for line in lines if line.startswith("3 "))
     steps, accepted, changed = np.sum([many.acceptance(3, c) for c in range(4)], axis=0)
     assert re.search(
         rf" {many.log_p[3].mean():.2f} +{accepted / steps:.0%} +{changed / accepted:.0%}  'question 3'", row
     )
     assert max(map(len, lines)) <= 80
+
+
+def test_the_summary_tells_how_the_chains_mix():
+    run = power_sample(FakeLM(), ["a", "b"], **{**SMALL, "alpha": 1.0}, draws=40)
+    lines, found = run.summary().splitlines(), run.diagnostics()
+    assert "3 steps after each and 40 after the last" in " ".join(lines)
+    for p in range(2):
+        row = found.of("log_p", p)
+        mixing = f"  log p {row.mean:.2f} +- {row.mcse:.2f}; R-hat {row.rhat:.2f}; {row.ess_bulk:.0f} effective of "
+        assert any(line.startswith(mixing + "160 draws") for line in lines)
+    cuts = " ".join(line.strip() for line in lines)
+    first = found.cuts and run.diagnostics(bins=5).cuts[0]
+    assert f"accepted by token cut at: {first.acceptance:.0%} at {first.first}-{first.last - 1}, " in cuts
+    rate = found.efficiency[0]
+    assert (
+        f"effective draws of log p: {rate.per_second:.3g} a second, {1e3 * rate.per_full_token:.3g} per 1,000" in cuts
+    )
+    assert len(lines) <= 40
+
+
+def test_the_summary_ends_with_a_sentence_per_warning():
+    run = power_sample(FakeLM(), "a", **{**SMALL, "chains": 2})
+    text = run.summary()
+    table, _, warnings = text.rpartition("\n\n")
+    said = " ".join(warnings.split())
+    assert said.startswith(
+        "warning: 3 draws per chain are too few for R-hat and effective sample size (prompt 0, log_p, "
+    )
+    assert "take at least 10. warning: 2 chains: too few to notice" in said
+    assert "R-hat and effective draws unknown: 3 draws per chain, at least 4 are needed" in " ".join(table.split())
+    assert said.endswith(".")
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_many_failures_do_not_fill_the_screen():
+    with pytest.warns(RuntimeWarning):
+        run = power_sample(FakeLM(fail_at=range(60, 400, 9)), [str(i) for i in range(9)], **SMALL)
+    assert len(run.errors) > 6
+    lines = run.summary().splitlines()
+    assert sum(" stopped: " in line for line in lines) == 4
+    assert f"... and {len(run.errors) - 4} more chains" in lines
+    assert len(lines) <= 40
 
 
 def test_the_summary_shows_a_prompt_safely():

@@ -268,8 +268,7 @@ def _seen(values: np.ndarray, names: Sequence[int], functional: str, prompt: int
 
     if draws < mixing.LEAST_DRAWS_ESS and chains:
         what = "R-hat and effective sample size" if draws < mixing.LEAST_DRAWS else "the effective sample size"
-        least = mixing.LEAST_DRAWS if draws < mixing.LEAST_DRAWS else mixing.LEAST_DRAWS_ESS
-        guard("short", f"{draws} draws per chain are too few for {what}", f"take at least {least} draws")
+        guard("short", f"{draws} draws per chain are too few for {what}", f"take at least {mixing.LEAST_DRAWS_ESS}")
     for c, row in zip(names, values, strict=True):
         bad = np.flatnonzero(~np.isfinite(row))
         if len(bad):
@@ -283,7 +282,7 @@ def _seen(values: np.ndarray, names: Sequence[int], functional: str, prompt: int
     else:
         still = [c for c, row in zip(names, values, strict=True) if (row == row[0]).all()]
         for c in still:
-            guard("constant-chain", "all its draws have one value", "it may be stuck; take more draws", c)
+            guard("constant-chain", "all draws of the chain have one value", "it may be stuck; take more draws", c)
     return found
 
 

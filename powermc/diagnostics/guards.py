@@ -14,6 +14,12 @@ from powermc.sequences.path import Path
 if TYPE_CHECKING:
     from powermc.results import Run
 
+KINDS = (
+    *("failed", "no-draws", "unequal", "block-scope", "non-finite", "short", "few-chains"),
+    *("stuck", "constant", "constant-chain", "disagree", "few-effective"),
+)
+"""Kinds of guards, in the order in which they are told: what makes the next ones moot comes first."""
+
 LEAST_CHAINS = 4
 """Fewer chains than this cannot be told to agree by luck (Vehtari et al. 2021 recommend four)."""
 
@@ -25,8 +31,7 @@ class Guard:
     Attributes
     ----------
     kind
-        "failed", "no-draws", "unequal", "few-chains", "short", "constant", "stuck", "constant-chain", "non-finite",
-        "block-scope", "ties", "disagree" (R-hat), "few-effective" (ESS).
+        One of `KINDS`; "disagree" is about R-hat, "few-effective" about effective sample size.
     message
         What was seen, as a clause: without a capital or a full stop.
     advice
@@ -138,7 +143,7 @@ def kept_draws(run: Run, prompt: int) -> Kept:
     for c in counts:
         paths = chains[c].draws
         if len(paths) > 1 and all(path == paths[0] for path in paths):
-            why = f"it never moved: all {len(paths)} draws are one path"
+            why = f"the chain never moved: all {len(paths)} draws are one path"
             how = "take more draws, lower alpha, or start more chains"
             guards.append(Guard("stuck", why, how, prompt, c))
     used = tuple(counts)
@@ -176,11 +181,13 @@ def sentences(guards: Iterable[Guard]) -> list[str]:
     for guard in guards:
         kinds.setdefault(guard.kind, []).append(guard)
     out = []
-    for same in kinds.values():
+    for same in (kinds[kind] for kind in KINDS if kind in kinds):
         worst = max(same, key=lambda guard: guard.weight)
-        more = f" (and {len(same) - 1} more like it)" if len(same) > 1 else ""
-        text = f"{worst.where}: {worst.message}{more}; {worst.advice}"
-        out.append(f"{text.removeprefix(': ')}.")
+        places = [worst.where] if worst.where else []
+        if len(same) > 1:
+            places.append(f"and {len(same) - 1} more")
+        text = f"{worst.message} ({', '.join(places)})" if places else worst.message
+        out.append(f"{text[0].upper()}{text[1:]}; {worst.advice}.")
     return out
 
 
