@@ -76,7 +76,6 @@ def run(chosen: Sample) -> int:
     if as_json:
         json.dump(result.to_dict(), stdout, allow_nan=False, default=str)
         stdout.write("\n")
-        stdout.flush()  # a closed pipe shows here, not when the interpreter ends
     elif chosen.demo:
         demo.conclude(console(), result)
         if checked.kernel == "metropolis" and _has_exits(model) and not (result.interrupted or result.errors):
