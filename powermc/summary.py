@@ -174,7 +174,7 @@ def _stage_lines(run: Run) -> list[str]:
     false = false_rejections(run)
     if false is not None and false.reason is None:
         low, high = (f"{100 * x:.2g}%" for x in (false.lower, false.upper))
-        lines.append(f"      falsely rejected by stage 1: {low} to {high} of proposals, in equilibrium")
+        lines.append(f"      falsely rejected by stage 1: {low} to {high} of proposals")
     if facts["advice"]:
         lines += textwrap.wrap(f"note: {facts['advice']}", 80)
     if stages.screened and (cost := facts.get("cost")):

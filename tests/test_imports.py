@@ -84,6 +84,9 @@ MAY_IMPORT = {
     "testing": {
         "errors", "types", "choices", "targets", "proposals", "scheduling", "kernels", "sequences", "toy",
     },
+    "diagnostics": {"errors", "sequences", "results"},
+    "summary": {"diagnostics", "results"},
+    "arviz_export": {"_version", "errors", "files", "diagnostics", "results"},
 }  # fmt: skip
 
 
