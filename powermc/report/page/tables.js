@@ -30,12 +30,30 @@ function answer(group, open) {
       make("span", {}, facts)), text, more, errors);
 }
 
+const AT_FIRST = 6;
+
 /** Show a prompt and its answers; `open(chain)` shows that chain step by step. */
 function showAnswers(data, open) {
   $("prompt-text").textContent = data.text;
   const list = $("answers-list");
-  list.replaceChildren(...groups(data.chains).map((group) => answer(group, open)));
-  for (const text of list.querySelectorAll(".answer-text")) {
+  const items = groups(data.chains).map((group) => answer(group, open));
+  list.replaceChildren(...items.slice(0, AT_FIRST));
+  const rest = items.slice(AT_FIRST);
+  const all = $("more-answers");
+  all.hidden = !rest.length;
+  all.textContent = `Show ${rest.length} more`;
+  all.onclick = () => {
+    list.append(...rest);
+    all.hidden = true;
+    offerMore(rest);
+    rest[0].querySelector("button").focus();
+  };
+  offerMore(items);
+}
+
+/** Show the button under answers that are cut short. */
+function offerMore(items) {
+  for (const text of items.map((item) => item.querySelector(".answer-text"))) {
     text.nextElementSibling.hidden = text.scrollHeight <= text.clientHeight + 1;
   }
 }
