@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from powermc.diagnostics.moves import funnel
+from powermc.diagnostics import funnel
 
 if TYPE_CHECKING:
     from powermc.lm.ledger import Ledger

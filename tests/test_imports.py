@@ -87,6 +87,12 @@ MAY_IMPORT = {
     "diagnostics": {"errors", "sequences", "results"},
     "summary": {"diagnostics", "results"},
     "arviz_export": {"_version", "errors", "files", "diagnostics", "results"},
+    "visible": set(),
+    "series": {"diagnostics", "lm", "results"},
+    "plots": {"errors", "files", "diagnostics", "lm", "results", "series"},
+    "report": {
+        "_version", "errors", "files", "config", "sequences", "diagnostics", "results", "series", "visible",
+    },
 }  # fmt: skip
 
 
@@ -102,6 +108,7 @@ def test_dependencies_point_one_way(part):
 
 LATER = {
     "sampling", "power", "results", "store", "cli", "config", "report", "evaluation", "progress", "settings", "testing",
+    "plots", "series",
 }  # fmt: skip
 
 
