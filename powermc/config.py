@@ -186,7 +186,7 @@ def repeatable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         notes.append(f"The run also had a reward, the Python function {values['reward']}: not in this file.")
     exit = values.get("exit")
     if exit is not None and not (Path(str(exit)).suffix == ".safetensors" or Path(str(exit)).is_file()):
-        notes.append(f"The run's exit was given in Python ({exit}): not in this file; name a lens with exit = ...")
+        notes.append(f"The run's exit, {exit}, is no file here: not in this file; name a lens with exit = ...")
         del values["exit"]
     # With plain Metropolis-Hastings the early exit's settings are at their defaults: nothing else is allowed.
     idle = _SCREENED if values.get("kernel") == "metropolis" else ()

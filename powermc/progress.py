@@ -6,6 +6,7 @@ Showing it never ends the work: a terminal that has gone away, or shows no UTF-8
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -19,6 +20,8 @@ from powermc.visible import visible
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+
+_log = logging.getLogger(__name__)
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two lines where there is no terminal."""
@@ -286,6 +289,7 @@ class Parts(Display):
         """The next part begins; its name is a line of its own where there is no terminal."""
         self.name, self.begun, self.part = visible(" ".join(name.split())), self.begun + 1, 0.0
         self._part_begun = self._shown = time.monotonic()
+        _log.info("%s", self.name)
         self._write([self.name])
 
     def report(self, name: str, share: float) -> None:

@@ -205,7 +205,28 @@ def test_every_option_reaches_power_sample(cli, folder, monkeypatch):
     code, *_ = cli(*sampling(folder), *[part for name, v in options.items() for part in (f"--{name}", str(v))])
     assert code == 130
     rest = {"alpha": 1.5, "max_new_tokens": 6, "steps": 4, "chains": 2, "block_size": 3, "progress": False}
+    rest |= {"store": None, "resume": False, "thin": 1, "keep_proposals": True}
     assert calls == [{**options, **rest, "exit": folder / "a.lens"}]
+
+
+def test_fitting_the_cached_lens_can_be_watched(cli, folder, monkeypatch):
+    """It takes minutes on a real model, before the run's own display begins."""
+    lens, asked = Lens.load(folder / "a.lens"), []
+
+    def cached(model: CausalLM, layers: Any, *, progress: Any = None) -> Lens:
+        asked.append(layers)
+        if progress is not None:
+            progress("writing text", 0.0)
+        return lens_of(model, [lens.head(2)])
+
+    monkeypatch.setitem(powermc.lm.__dict__, "cached_lens", cached)
+    small = [part for part in SMALL if part != "--quiet"]
+    options = ["sample", "w1 w2 w7", "--model", folder, *small, "--kernel", "early-exit", "--layer", "2"]
+    code, _, notes = cli(*options)
+    assert (code, asked) == (0, [[2], [2]])
+    assert notes.count("powermc: writing text\n") == 1
+    assert "powermc: writing" not in cli(*options, "--quiet")[2]
+    assert "powermc: writing" not in cli("sample", "w1", "--model", folder, *small)[2]
 
 
 def test_an_early_exit_run(cli, folder):

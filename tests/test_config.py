@@ -338,7 +338,7 @@ def test_what_only_python_can_give_is_a_comment():
     assert tomllib.loads(text) == {"sample": {"model": "m", "kernel": "early-exit", "alpha": 2.0}}
     assert text.count("# ") == 2
     assert "function length" in text
-    assert "(Lens(m, layers 2, 3))" in text
+    assert "exit, Lens(m, layers 2, 3), is no file" in text
     assert "lens.safetensors" in config.from_settings({**settings, "exit": "/a/lens.safetensors"}, "m")
 
 
