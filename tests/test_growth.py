@@ -13,7 +13,18 @@ from powermc.choices import Stream
 from powermc.errors import ArgumentError, ZeroProbability
 from powermc.kernels import Metropolis
 from powermc.scheduling import Event, Failed, Finished, drive, run
-from powermc.sequences import BlockwisePower, Committed, Grown, Horizon, Length, Prompt, SequenceProbability, Space
+from powermc.sequences import (
+    BlockwisePower,
+    Committed,
+    Grown,
+    Horizon,
+    Length,
+    Path,
+    Prompt,
+    SequenceProbability,
+    Space,
+)
+from powermc.sequences.growth import Point
 from powermc.targets import Power, Tilted
 from powermc.testing import enumerate_kernel, enumerate_outcomes, paths_of
 from powermc.testing import strategies as toys
@@ -54,6 +65,42 @@ def test_the_law_of_the_program_is_its_stages_multiplied_out(data):
     expected = program_law(toy, growth)
     assert found.keys() <= expected.keys()
     assert all(found.get(k, 0.0) == pytest.approx(v, abs=1e-12) for k, v in expected.items())
+
+
+@given(st.data())
+@settings(max_examples=25)
+def test_a_program_goes_on_from_any_event(data):
+    """From what any event committed, the rest of the program commits what the whole one does, number for number."""
+    toy = data.draw(toys.toys(max_paths=15, stop=False))
+    growth = schedule(
+        toy,
+        alpha=2.0,
+        block_size=data.draw(st.integers(1, 3)),
+        steps=data.draw(st.integers(0, 3)),
+        draws=data.draw(st.one_of(st.none(), st.integers(0, 4))),
+        cut=data.draw(st.sampled_from(["length", "horizon", "entropy"])),
+    )
+    stream = Stream(data.draw(st.integers(0, 99)))
+    whole = [o.value for o in drive([(0, growth.program(stream.step, Prompt()))]) if isinstance(o, Event)]
+    assert len([e for e in whole if isinstance(e, Committed)]) == growth.total
+    n = data.draw(st.integers(0, len(whole) - 1))
+    event = whole[n]
+    path = event.path if isinstance(event, Grown) else event.state.value
+    done = 0 if isinstance(event, Grown) else event.step - event.block * growth.steps + 1
+    point = Point(event.block, done, Path(path.prompt, path.tokens, path.finished))
+    rest = [o.value for o in drive([(0, growth.program(stream.step, Prompt(), point))]) if isinstance(o, Event)]
+    assert len(rest) == len(whole) - n - 1
+    for one, other in zip(rest, whole[n + 1 :], strict=True):
+        assert type(one) is type(other)
+        assert one.block == other.block
+        if isinstance(one, Committed):
+            assert one.step == other.step
+            assert one.state.value.tokens == other.state.value.tokens
+            assert one.info.keys() == other.info.keys()
+            assert one.info["accepted"] == other.info["accepted"]
+            assert one.info.get("proposed") == other.info.get("proposed")
+        else:
+            assert one.path.tokens == other.path.tokens
 
 
 def program_law(toy, growth):

@@ -84,6 +84,14 @@ MAY_IMPORT = {
     "testing": {
         "errors", "types", "choices", "targets", "proposals", "scheduling", "kernels", "sequences", "toy",
     },
+    "recording": {
+        "errors", "types", "choices", "early_exit", "progress", "results", "sampling", "scheduling", "sequences",
+        "settings", "lm",
+    },
+    "store": {
+        "_version", "errors", "types", "early_exit", "lm", "power", "recording", "results", "sequences", "settings",
+        "stages",
+    },
     "diagnostics": {"errors", "sequences", "results"},
     "summary": {"diagnostics", "results"},
     "arviz_export": {"_version", "errors", "files", "diagnostics", "results"},

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -110,3 +111,56 @@ def test_the_script_can_be_run(tmp_path):
     done = subprocess.run(script, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "equal: " in done.stdout
+
+
+SLOWLY = """
+from tests.fake_lm import FakeLM
+from powermc import power_sample
+power_sample(FakeLM(delay=0.004), ["a", "b"], max_new_tokens=12, block_size=4, steps=3, chains=2, draws={draws}, store={file!r})
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_following_a_run_until_it_is_over(tmp_path, capsys, monkeypatch, killed):
+    """Lines as the file grows, written by another process; the end of that process is noticed, however it came."""
+    from powermc.cli import store
+
+    file = tmp_path / "run.db"
+    monkeypatch.setattr(store, "POLL", 0.02)
+    script = [sys.executable, "-c", SLOWLY.format(draws=10_000 if killed else 30, file=str(file))]
+    writer = subprocess.Popen(script, cwd=Path(__file__).parent.parent)
+    try:
+        for _ in range(3000):
+            if file.exists() and file.stat().st_size and _steps(file):
+                break
+            time.sleep(0.02)
+        assert about(file).written
+        if killed:
+
+            def kill(seconds: float) -> None:
+                if writer.poll() is None:
+                    writer.kill()
+                    writer.wait()
+
+            monkeypatch.setattr(store.time, "sleep", kill)
+        assert store.show(file, follow=True, config=False, as_json=False) == 0
+    finally:
+        writer.kill()
+        writer.wait()
+    out, err = capsys.readouterr()
+    counts = [int(line.split("/")[0].replace(",", "")) for line in out.splitlines()]
+    assert counts == sorted(set(counts))
+    if killed:
+        assert f"go on with: powermc resume {file}" in err
+        assert 0 < counts[-1] < 40_024
+    else:
+        assert counts[-1] == 4 * (2 * 3 + 30)
+        assert len(counts) > 1
+        assert not err
+
+
+def _steps(file: Path) -> int:
+    try:
+        return about(file).steps
+    except StoreError:
+        return 0
