@@ -156,8 +156,8 @@ def cost_breakdown(run: Run) -> Figure:
         axes.set_yticks(rows, [s.name for s in shares])
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        axes.set(xlabel=unit, title=f"Where {_si(total)}{unit} went")
-        axes.xaxis.set_major_formatter(lambda x, _: _si(x).strip())
+        axes.set(xlabel=unit, title=f"Where {series.si(total)}{unit} went")
+        axes.xaxis.set_major_formatter(lambda x, _: series.si(x).strip())
         axes.grid(axis="y", visible=False)
     return figure
 
@@ -314,10 +314,3 @@ def _legend(axes: Axes, columns: int, handles: Sequence[Any] | None = None) -> N
     """A legend below the axes, where it hides nothing."""
     more = {} if handles is None else {"handles": handles}
     axes.figure.legend(loc="outside lower left", ncols=columns, **more)  # type: ignore[union-attr]
-
-
-def _si(value: float) -> str:
-    """3.2e12 as "3.2 T": digits, and the prefix that a unit follows."""
-    prefixes = ("", "k", "M", "G", "T", "P", "E")
-    power = min(int(np.log10(value)) // 3, len(prefixes) - 1) if value >= 1 else 0
-    return f"{value / 1000**power:.3g} {prefixes[power]}"

@@ -69,3 +69,10 @@ def stages(run: Run, prompt: int | None = None) -> list[tuple[str, list[int]]]:
     if run.early_exit["kernel"] == "early-exit":
         named.append(("passed stage 1", [f.proposed - f.screened + f.passed for f in found]))
     return [*named, ("accepted", [f.accepted for f in found]), ("changed the path", [f.changed for f in found])]
+
+
+def si(value: float) -> str:
+    """3.2e12 as "3.2 T": three digits, and the prefix that a unit follows."""
+    prefixes = ("", "k", "M", "G", "T", "P", "E")
+    power = min(int(np.log10(value)) // 3, len(prefixes) - 1) if value >= 1 else 0
+    return f"{value / 1000**power:.3g} {prefixes[power]}"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from powermc import config, series
+from powermc import series
 from powermc.diagnostics import Convergence, convergence, kept_draws, moves_by_cut, sentences
 from powermc.report.packing import Alphabet, alphabet, numbers, short
 from powermc.report.walk import tokens_of, walk
-from powermc.results import jsonable
+from powermc.report.words import functional, text
 from powermc.visible import visible
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ def report(run: Run) -> Report:
     """Everything the report of a run says."""
     letters = _alphabet(run)
     return Report(
-        _text(run),
+        text(run),
         {
             "prompts": len(run.prompts),
             "pieces": letters.pieces,
@@ -80,94 +78,6 @@ def _special(run: Run, letters: Alphabet) -> list[int]:
     return np.searchsorted(letters.ids, sorted(found)).tolist()
 
 
-def _text(run: Run) -> dict[str, Any]:
-    names = [f"{p}: {_short(prompt.text, 40)}" for p, prompt in enumerate(run.prompts)]
-    return {
-        "title": f"{visible(run.model)}: powermc",
-        "heading": visible(run.model),
-        "lead": _lead(run),
-        "figures": _figures(run),
-        "prompts": len(run.prompts),
-        "prompt_names": names,
-        "cost_sentence": _cost_sentence(run),
-        **_configuration(run),
-        "facts": visible(json.dumps(jsonable(dict(run.early_exit)), indent=1, default=str, ensure_ascii=False))
-        if len(run.early_exit) > 1
-        else "",
-    }
-
-
-def _configuration(run: Run) -> dict[str, str]:
-    """The settings as TOML, with the prompts where they are text that TOML can hold."""
-    hint = "As TOML: powermc sample --config FILE repeats the run."
-    texts = [prompt.text for prompt in run.prompts]
-    if not all(text.strip() and _encodable(text) for text in texts):
-        texts, hint = [], "As TOML, without the prompts, which are no text."
-    return {
-        "configuration": config.from_settings(run.settings, visible(run.model), prompts=texts),
-        "configuration_hint": hint,
-    }
-
-
-def _encodable(text: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _lead(run: Run) -> str:
-    s, facts = run.settings, run.early_exit
-    reward = "" if s["reward"] is None else f" exp({s['reward']}(x))"
-    kernel = "Metropolis\u2013Hastings" if "surrogate" not in facts else f"early exit by {facts['surrogate']}"
-    parts = [
-        f"Target p(x)^{s['alpha']:g}{reward}",
-        kernel,
-        f"proposals at temperature {s['temperature']:g}",
-        f"up to {s['max_new_tokens']} tokens",
-        f"seed {s['seed']}",
-    ]
-    return visible(", ".join(parts) + ".")
-
-
-def _figures(run: Run) -> list[dict[str, str]]:
-    chains = [chain for row in run.chains for chain in row]
-    steps = sum(chain.steps for chain in chains)
-    accepted, changed = (sum(int(info[name].sum()) for info in run.infos) for name in ("accepted", "changed"))
-    rows = [
-        ("prompts", f"{len(run.prompts):,}", ""),
-        ("chains", f"{len(chains):,}", ""),
-        ("steps", f"{steps:,}", ""),
-        ("accepted", f"{accepted / steps:.0%}" if steps else "\u2013", ""),
-        ("changed the path", f"{changed / steps:.0%}" if steps else "\u2013", ""),
-        ("time", *_duration(run.seconds)),
-    ]
-    return [{"name": n, "value": v, "unit": u} for n, v, u in rows if n != "prompts" or len(run.prompts) > 1]
-
-
-def _duration(seconds: float) -> tuple[str, str]:
-    if seconds < 120:
-        return f"{seconds:.1f}", "s"
-    return (f"{seconds / 60:.0f}", "min") if seconds < 7200 else (f"{seconds / 3600:.1f}", "h")
-
-
-def _cost_sentence(run: Run) -> str:
-    cost = run.cost
-    rate = f" ({run.tokens / run.seconds:,.0f} per second)" if run.seconds > 0 else ""
-    flops = f", {_si(cost.flops)}FLOP" if cost.flops else ""
-    return (
-        f"{run.tokens:,} tokens evaluated in {' '.join(_duration(run.seconds))}{rate}, by {cost.ticks:,} sequential "
-        f"steps and {cost.prefills:,} parallel passes{flops}."
-    )
-
-
-def _si(value: float) -> str:
-    power = min(int(math.log10(value)) // 3, 6) if value >= 1 else 0
-    return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}"
-
-
-def _short(text: str, width: int) -> str:
-    flat = visible(" ".join(text.split()))
-    return flat if len(flat) <= width else flat[: width - 1] + "\u2026"
-
-
 def _cost(run: Run) -> dict[str, Any]:
     shares, unit = series.costs(run.cost)
     return {"unit": unit, "rows": [{"name": s.name, "amount": s.amount, "head": s.head} for s in shares]}
@@ -208,7 +118,7 @@ def _range(first: int, last: int) -> str:
 def _figures_of(row: Convergence) -> dict[str, Any]:
     names = ("mean", "sd", "mcse", "rhat", "ess_bulk", "ess_tail", "tau")
     found = {name: short(getattr(row, name)) for name in names}
-    return {"name": visible(row.functional), **found, "reasons": {k: visible(v) for k, v in row.reasons.items()}}
+    return {"name": functional(row.functional), **found, "reasons": {k: visible(v) for k, v in row.reasons.items()}}
 
 
 def _chain(run: Run, p: int, c: int) -> dict[str, Any]:

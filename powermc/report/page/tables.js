@@ -71,7 +71,6 @@ function fillTable(table, { head, rows }) {
 
 const FIGURES = [["mean", "mean", 2], ["sd", "sd", 2], ["MCSE", "mcse", 3], ["R-hat", "rhat", 3],
   ["bulk ESS", "ess_bulk", 0], ["tail ESS", "ess_tail", 0], ["autocorrelation, steps", "tau", 1]];
-const NAMES = { log_p: "log p, nats", length: "length, tokens", finished: "ended by itself, share" };
 
 function figureCell(row, name, digits) {
   const why = row.reasons[name];
@@ -83,7 +82,7 @@ function figureCell(row, name, digits) {
 function showDiagnostics(data) {
   fillTable($("diagnostics-table"), {
     head: ["of the draws", ...FIGURES.map(([title]) => title)],
-    rows: data.diagnostics.map((row) => [NAMES[row.name] || row.name,
+    rows: data.diagnostics.map((row) => [row.name,
       ...FIGURES.map(([, name, digits]) => figureCell(row, name, digits))]),
   });
   const items = [...run.warnings, ...data.warnings].map((text) => make("li", {}, text));
