@@ -15,7 +15,7 @@ import numpy as np
 
 from powermc.diagnostics.convergence import Convergence, convergence
 from powermc.diagnostics.efficiency import efficiency
-from powermc.diagnostics.guards import Guard, blocks, sentences
+from powermc.diagnostics.guards import blocks, sentences
 from powermc.diagnostics.moves import false_rejections, moves_by_cut
 from powermc.results import shorten
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _MOST_LINES, _MOST_PROMPTS, _MOST_ERRORS = 20, 12, 4
 _CUTS = 5
-_STILL = ("constant", "constant-chain")
 
 
 def summarise(run: Run) -> str:
@@ -36,15 +35,10 @@ def summarise(run: Run) -> str:
     lines += by_chain if len(by_chain) <= _MOST_LINES else [*_by_prompt(run), *_mixing_of_all(mixing)]
     ends = _ending_lines(run)
     notes = [line for note in run.notes for line in _wrap(f"note: {note}")]
-    warnings = [line for text in _warnings(guards) for line in _wrap(f"warning: {text}")]
+    told = sentences(guard for guard in guards if guard.kind != "failed")  # of those `ends` tells
+    warnings = [line for text in told for line in _wrap(f"warning: {text}")]
     tail = [*_stage_lines(run), *_cut_lines(run), *_cost_lines(run), *_effective_lines(run, mixing), *notes]
     return "\n".join([*lines, "", *ends, *tail, *([""] if warnings else []), *warnings])
-
-
-def _warnings(guards: Sequence[Guard]) -> list[str]:
-    """Sentences; of chains that stopped `_ending_lines` tells. That all paths are as long as they may be is no news."""
-    told = (g for g in guards if g.kind != "failed" and not (g.kind in _STILL and g.functional != "log_p"))
-    return sentences(told)
 
 
 def _ending_lines(run: Run) -> list[str]:

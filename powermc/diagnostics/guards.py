@@ -20,6 +20,8 @@ KINDS = (
 )
 """Kinds of guards, in the order in which they are told: what makes the next ones moot comes first."""
 
+_STILL, _OFTEN_STILL = ("constant", "constant-chain"), ("length", "finished")
+
 LEAST_CHAINS = 4
 """Fewer chains than this cannot be told to agree by luck (Vehtari et al. 2021 recommend four)."""
 
@@ -176,10 +178,14 @@ def blocks(run: Run) -> int:
 
 
 def sentences(guards: Iterable[Guard]) -> list[str]:
-    """One plain sentence per kind of trouble and what to do about it: many chains or prompts in one."""
+    """One plain sentence per kind of trouble and what to do about it: many chains or prompts in one.
+
+    That length or `finished` never vary is no trouble, only a reason to have no R-hat of them: it is not told.
+    """
     kinds: dict[str, list[Guard]] = {}
     for guard in guards:
-        kinds.setdefault(guard.kind, []).append(guard)
+        if not (guard.kind in _STILL and guard.functional in _OFTEN_STILL):
+            kinds.setdefault(guard.kind, []).append(guard)
     out = []
     for same in (kinds[kind] for kind in KINDS if kind in kinds):
         worst = max(same, key=lambda guard: guard.weight)

@@ -67,13 +67,12 @@ def ess_bulk(values: np.ndarray) -> float:
 def ess_tail(values: np.ndarray) -> float:
     """The smaller effective sample size of the 5% and 95% quantiles, that is of being at or below them.
 
-    Raises `ArgumentError` too where no draw is on one side of a quantile, since one in twenty ties at an extreme.
+    Where more than 5% of the draws tie at the greatest value (for log p, the mode) none is above the 95% quantile:
+    there is no upper tail then, and the other quantile counts alone. ArviZ counts the missing tail as N draws.
     """
     values = _checked(values, LEAST_DRAWS_ESS)
     sides = [_split((values <= q).astype(float)) for q in np.quantile(values, _TAILS)]
-    if any((side == side[0, 0]).all() for side in sides):
-        raise ArgumentError("more than 5% of the draws tie at the least or the greatest value: it has no tail there")
-    return min(map(_ess, sides))
+    return min((_ess(side) for side in sides if not (side == side[0, 0]).all()), default=math.nan)
 
 
 def ess_mean(values: np.ndarray) -> float:
