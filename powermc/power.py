@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from powermc.early_exit import prepare, restored
 from powermc.errors import ArgumentError, ChainError
-from powermc.recording import Callback, Decoder, Memory, Recorder, about, fields_of
+from powermc.recording import Callback, Decoder, Keeping, Memory, Recorder, about, fields_of
 from powermc.results import Run
 from powermc.sampling import check_callbacks, check_count
 from powermc.sequences.model import Autoregressive
@@ -95,6 +95,7 @@ def power_sample(
     resume: bool = False,
     thin: int = 1,
     keep_proposals: bool = True,
+    first_chain: int = 0,
     progress: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
@@ -133,6 +134,9 @@ def power_sample(
         Keep the path after every so manyth step on the last block. What happened in each step is kept of all.
     keep_proposals
         Whether `store` holds the tokens of rejected proposals too.
+    first_chain
+        The number of the first chain: it draws what that chain of a larger run draws. So workers can share the chains
+        of a prompt, each with a store of its own, and `powermc.merge` joins them.
     chains
         Independent chains per prompt.
     scope
@@ -219,6 +223,7 @@ def power_sample(
         draws=draws,
     )
     check_count("thin", thin, least=1)
+    check_count("first_chain", first_chain, least=0)
     for name, value in (("resume", resume), ("keep_proposals", keep_proposals)):
         if not isinstance(value, bool):
             raise ArgumentError(f"{name} must be True or False, got {value!r}")
@@ -228,6 +233,7 @@ def power_sample(
     given = [prompts] if isinstance(prompts, str | Prompt) else list(prompts)
     settings.check_prompts(given)
     check_callbacks(callbacks)
+    keeping = Keeping(thin, keep_proposals, first_chain)
     with ExitStack() as stack:
         file = None
         if store is not None:
@@ -235,8 +241,8 @@ def power_sample(
 
             file = stack.enter_context(Store(store, resume=resume))
             if file.header is not None:
-                file.header.check(file.path, settings, thin, keep_proposals)
-        recorder = _recorder(_loaded(model), given, settings, file, thin, keep_proposals)
+                file.header.check(file.path, settings, keeping)
+        recorder = _recorder(_loaded(model), given, settings, file, keeping)
         run = recorder.run(callbacks, progress)
     _tell(run, recorder.errors)
     return run
@@ -260,8 +266,7 @@ def _recorder(
     given: Sequence[str | Prompt],
     settings: Settings,
     file: Store | None,
-    thin: int,
-    keep_proposals: bool,
+    keeping: Keeping,
 ) -> Recorder:
     """Prompts, kernel and schedule made; what is in the store compared with them, or written there."""
     chat, chains, horizon = settings.chat, settings.chains, settings.max_new_tokens
@@ -284,19 +289,30 @@ def _recorder(
     notes = () if fit is None or fit.note is None else (fit.note,)
     decode = Decoder(model)
     if file is None:
-        journal = Memory(plan, prompts, chains, decode, thin)
+        journal = Memory(plan, prompts, chains, decode, keeping.thin)
         points = dict.fromkeys((p, c) for p in range(len(prompts)) for c in range(chains))
     else:
         from powermc.store import Header, Writer
 
         if old is None:
             facts = about(model, plan, prompts, settings, rows, notes)
-            file.begin(Header.of_run(facts, model, fields_of(plan), prepared, settings, thin, keep_proposals), prompts)
+            file.begin(Header.of_run(facts, model, fields_of(plan), prepared, settings, keeping), prompts)
         else:
             file.update(old.extended(settings))
         journal = Writer(file, plan, prompts, decode)
         points = journal.points(chains)
-    return Recorder(model, plan, prompts, settings, prepared, journal, points, rows=rows, notes=notes)
+    return Recorder(
+        model,
+        plan,
+        prompts,
+        settings,
+        prepared,
+        journal,
+        points,
+        rows=rows,
+        notes=notes,
+        first_chain=keeping.first_chain,
+    )
 
 
 def _tell(run: Run, errors: Mapping[tuple[int, int], ChainError]) -> None:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -33,6 +33,14 @@ Key = tuple[int, int]
 
 Callback = Callable[[int, int, int, State[Path], Info], None]
 """Called as (prompt, chain, step, state, info) after every committed step; steps count over all blocks."""
+
+
+class Keeping(NamedTuple):
+    """What of a run is kept, and which of its chains it is: the arguments of these names of `power_sample`."""
+
+    thin: int = 1
+    keep_proposals: bool = True
+    first_chain: int = 0
 
 
 class Journal(Protocol):
@@ -75,7 +83,8 @@ class Recorder:
     """Runs the chains and writes down what they commit.
 
     `points`: where each chain goes on, None for its beginning; chains that are not named have nothing left to do.
-    `notes` and `rows` go into the result; `cost` and `seconds` count from the start of this run.
+    `first_chain` numbers the stream of chain 0. `notes` and `rows` go into the result; `cost` and `seconds` count from
+    the start of this run.
     """
 
     def __init__(
@@ -90,9 +99,11 @@ class Recorder:
         *,
         rows: int,
         notes: Sequence[str] = (),
+        first_chain: int = 0,
     ) -> None:
         self.model, self.plan, self.prompts, self.settings = model, plan, tuple(prompts), settings
         self.prepared, self.journal, self.points, self.rows, self.notes = prepared, journal, points, rows, tuple(notes)
+        self.first_chain = first_chain
         self.errors: dict[Key, ChainError] = {}
         self.interrupted = False
         self._taken = {key: _taken(plan, point) for key, point in points.items()}
@@ -143,7 +154,7 @@ class Recorder:
 
     def _programs(self) -> Iterable[tuple[Hashable, Any]]:
         for (p, c), point in self.points.items():
-            stream = Stream(self.settings.seed, prompt=self.prompts[p].key, chain=c)
+            stream = Stream(self.settings.seed, prompt=self.prompts[p].key, chain=self.first_chain + c)
             yield (p, c), self.plan.program(stream.step, self.prompts[p], point)
 
     def _commit(self, key: Key, event: Committed) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from powermc.early_exit import Prepared
 from powermc.lm.ledger import Ledger
-from powermc.recording import Decoder, about, fields_of
+from powermc.recording import Decoder, Keeping, about, fields_of
 from powermc.sequences import Committed, Grown, Path, Prompt, Space
 from powermc.settings import Settings
 from powermc.store import Header, Store, Writer, load
@@ -52,7 +52,7 @@ def measure(folder: File, *, draws: int, accepted: float, keep_proposals: bool =
     plan: Any = settings.schedule(model, Space(frozenset(), LENGTH), model.decode)  # type: ignore[arg-type]
     prompts, file = [Prompt((1, 2, 3), "prompt", 7)], folder / "size.db"
     facts = about(model, plan, prompts, settings, CHAINS, ())
-    header = Header.of_run(facts, model, fields_of(plan), Prepared(None, {}), settings, 1, keep_proposals)
+    header = Header.of_run(facts, model, fields_of(plan), Prepared(None, {}), settings, Keeping(1, keep_proposals))
 
     def path(head: tuple[int, ...], log_p: np.ndarray) -> Path:
         n = LENGTH - len(head)

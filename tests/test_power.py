@@ -233,7 +233,11 @@ def test_settings_have_the_defaults_of_power_sample():
     assert set(signature) - {f.name for f in dataclass_fields(Settings)} == {
         "model",
         "prompts",
+        "store",
+        "resume",
         "thin",
+        "keep_proposals",
+        "first_chain",
         "progress",
         "callbacks",
     }
@@ -255,6 +259,7 @@ BAD = [
     ({"steps": -1}, "steps must be an integer >= 0, got -1"),
     ({"draws": -1}, "draws must be an integer >= 0, got -1"),
     ({"draws": 1.5}, "draws must be an integer >= 0, got 1.5"),
+    ({"first_chain": -1}, "first_chain must be an integer >= 0, got -1"),
     ({"thin": 0}, "thin must be an integer >= 1, got 0"),
     ({"chains": 0}, "chains must be an integer >= 1, got 0"),
     ({"scope": "word"}, "unknown scope 'word'; choose one of sequence, block"),

@@ -330,6 +330,7 @@ def test_a_reward_is_asked_for_by_name(file, tmp_path):
         ({"reward": sevens}, "reward = None, and 'sevens' is asked for"),
         ({"thin": 2}, "thin = 1, and 2 is asked for"),
         ({"keep_proposals": False}, "keep_proposals = True, and False is asked for"),
+        ({"first_chain": 3}, "first_chain = 0, and 3 is asked for"),
         ({"chains": 1}, "it has chains = 2, and fewer, 1, are asked for"),
         ({"draws": 2}, "it has draws = 3, and fewer, 2, are asked for"),
     ],
@@ -600,6 +601,25 @@ def test_the_longest_of_a_chain_is_taken_and_can_be_gone_on_with(tmp_path):
     worker(tmp_path / "whole", ["a", "b"], draws=8, chains=3)
     assert digest(tmp_path / "all") == digest(tmp_path / "whole")
     assert (run.settings["draws"], run.settings["chains"]) == (8, 3)
+
+
+def test_workers_share_the_chains_of_a_prompt(tmp_path):
+    """Each draws what those chains of the whole run draw, also after a stop; what nobody drew can be gone on with."""
+    worker(tmp_path / "1", ["a", "b"], chains=2)
+    power_sample(FakeLM(interrupt_at=50), ["b", "a"], **{**SMALL, "chains": 3}, first_chain=2, store=tmp_path / "2")
+    second = resume(tmp_path / "2", FakeLM())
+    same_draws(second, power_sample(FakeLM(), ["b", "a"], **{**SMALL, "chains": 3}, first_chain=2))
+    merge([tmp_path / "1", tmp_path / "2"], tmp_path / "all")
+    worker(tmp_path / "whole", ["a", "b"], chains=5)
+    assert digest(tmp_path / "all") == digest(tmp_path / "whole")
+    same_draws(load(tmp_path / "all"), load(tmp_path / "whole"))
+    worker(tmp_path / "7", ["a", "b"], chains=1, first_chain=6)
+    merge([tmp_path / "2", tmp_path / "7"], tmp_path / "gap")
+    assert load(tmp_path / "gap").interrupted
+    resume(tmp_path / "gap", FakeLM())
+    merge([tmp_path / "1", tmp_path / "gap"], tmp_path / "filled")
+    worker(tmp_path / "seven", ["a", "b"], chains=7)
+    same_draws(load(tmp_path / "filled"), load(tmp_path / "seven"))
 
 
 def test_overlaps_that_differ_are_refused(tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 from powermc._version import __version__
 from powermc.early_exit import Prepared, surrogate_identity
 from powermc.errors import StoreError
+from powermc.recording import Keeping
 from powermc.sequences.suffix import default_temperature
 from powermc.settings import Settings
 from powermc.store.packing import fields_as_json
@@ -33,8 +34,8 @@ class Header:
         The model's name; a hash of its weights, or its name where it has none that are known; their dtype.
     settings
         Those of the `Run`: every argument, defaults filled in.
-    thin, keep_proposals
-        What is left out: paths of the last block, tokens of rejected proposals.
+    thin, keep_proposals, first_chain
+        What is left out, paths of the last block and tokens of rejected proposals; and the number of the first chain.
     fields
         Declaration of the infos (`packing.fields_as_json`).
     vocabulary
@@ -59,6 +60,7 @@ class Header:
     settings: Mapping[str, Any]
     thin: int
     keep_proposals: bool
+    first_chain: int
     fields: list[list[Any]]
     vocabulary: float
     early_exit: Mapping[str, Any]
@@ -80,11 +82,11 @@ class Header:
         """The inverse. Raises `KeyError` and `ValueError` for what is no header."""
         return cls(**{f.name: json.loads(rows[f.name]) for f in fields(cls)})
 
-    def check(self, path: Path, settings: Settings, thin: int, keep_proposals: bool) -> None:
+    def check(self, path: Path, settings: Settings, keeping: Keeping) -> None:
         """Raise `StoreError`, with name and both values, for a setting that is not the run's."""
         asked, mine = effective(settings), self.settings
         both = {name: (mine[name], value) for name, value in asked.items() if name not in _FREE}
-        both |= {"thin": (self.thin, thin), "keep_proposals": (self.keep_proposals, keep_proposals)}
+        both |= {name: (getattr(self, name), value) for name, value in keeping._asdict().items()}
         for name, (here, there) in both.items():
             if here != there:
                 raise StoreError(
@@ -106,8 +108,7 @@ class Header:
         fields: Fields,
         prepared: Prepared,
         settings: Settings,
-        thin: int,
-        keep_proposals: bool,
+        keeping: Keeping,
     ) -> Header:
         """For a run that begins; `facts` are those of `powermc.recording.about`."""
         screening, exit = prepared.screening, settings.exit
@@ -117,8 +118,7 @@ class Header:
             identity=identity(model),
             dtype=None if decoder is None else str(decoder.dtype).removeprefix("torch."),
             settings=json.loads(json.dumps(facts["settings"], default=_plain)),
-            thin=thin,
-            keep_proposals=keep_proposals,
+            **keeping._asdict(),
             fields=fields_as_json(fields),
             vocabulary=model.vocab_size,
             early_exit=prepared.facts,

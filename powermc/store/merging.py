@@ -54,7 +54,7 @@ def merge(inputs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[st
             chosen = [
                 (p, c, *found)
                 for p, name in enumerate(prompts)
-                for c in range(header.settings["chains"])
+                for c in range(header.first_chain, header.first_chain + header.settings["chains"])
                 if (found := _longest(readers, [(n.get(name, -1), c) for n in numbers])) is not None
             ]
         with Store(output, resume=False) as store:
@@ -78,11 +78,19 @@ def _header(readers: Sequence[Reader]) -> Header:
                     f"{reader.path}: its {name} is {there!r}, that of {first.path} is {here!r}; "
                     "only runs of the same settings can be joined"
                 )
-    most = {name: max(header.settings[name] for header in headers) for name in ("chains", "draws", "rows")}
+    most = {name: max(header.settings[name] for header in headers) for name in ("draws", "rows")}
+    least = min(header.first_chain for header in headers)
+    most["chains"] = max(header.first_chain + header.settings["chains"] for header in headers) - least
     notes = list(dict.fromkeys(note for header in headers for note in header.notes))
     sessions = [*(s for header in headers for s in header.sessions), {**session(), "merged": len(headers)}]
     return replace(
-        headers[0], settings={**headers[0].settings, **most}, notes=notes, sessions=sessions, result=None, writer=None
+        headers[0],
+        settings={**headers[0].settings, **most},
+        first_chain=least,
+        notes=notes,
+        sessions=sessions,
+        result=None,
+        writer=None,
     )
 
 

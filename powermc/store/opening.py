@@ -174,6 +174,7 @@ def resume(
         resume=True,
         thin=header.thin,
         keep_proposals=header.keep_proposals,
+        first_chain=header.first_chain,
         progress=progress,
         callbacks=callbacks,
     )

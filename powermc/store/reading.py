@@ -115,7 +115,8 @@ class Reader:
             "SELECT prompt, chain, block, steps, tokens, log_p, finished, text, error FROM chains"
         )
         found: dict[Key, Place] = {}
-        for p, c, block, steps, tokens, log_p, finished, text, error in rows:
+        for p, number, block, steps, tokens, log_p, finished, text, error in rows:
+            c = number - self.header.first_chain
             path = None
             if tokens is not None:
                 path = Path(prompts[p], self._tuple(tokens), bool(finished), log_p_of(log_p))
@@ -124,7 +125,8 @@ class Reader:
         return found
 
     def story(self, key: Key, prompt: Prompt) -> Story:
-        """What one chain did."""
+        """What one chain did; chains are counted from the store's first, as in a `Run`."""
+        key = (key[0], key[1] + self.header.first_chain)
         story, thin = Story(), self.header.thin
         growth = iter(
             self.connection.execute(

@@ -194,7 +194,7 @@ class Writer:
         cost = np.array([event.tokens], dtype="<i4").tobytes()
         with self.store.transaction() as execute:
             self._learn(execute, path.tokens)
-            row = (*key, event.block, *delta, event.near_ties, cost)
+            row = (*self._number(key), event.block, *delta, event.near_ties, cost)
             execute("INSERT INTO growth VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             self._move(execute, key, event.block, event.block * self.plan.steps, path, words)
             self._count(execute)
@@ -218,12 +218,12 @@ class Writer:
         drawn = self._proposed(info, proposed, path, stored)
         with self.store.transaction() as execute:
             self._learn(execute, (*path.tokens, *(proposed or ())) if moved else proposed or ())
-            row = (*key, event.step, self.layout.pack(info), drawn, *delta, *told, cost)
+            row = (*self._number(key), event.step, self.layout.pack(info), drawn, *delta, *told, cost)
             execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             if moved:
                 self._move(execute, key, event.block, event.step + 1, path, words)
             else:
-                where = (event.block, event.step + 1, *key)
+                where = (event.block, event.step + 1, *self._number(key))
                 execute("UPDATE chains SET block = ?, steps = ?, error = NULL WHERE prompt = ? AND chain = ?", where)
             self._count(execute)
         self._stored[key], self._current[key] = stored, (path.tokens, words)
@@ -233,8 +233,8 @@ class Writer:
     def fail(self, key: Key, error: ChainError, steps: int) -> None:
         text = f"{type(error).__name__}: {error}"
         with self.store.transaction() as execute:
-            execute("INSERT OR IGNORE INTO chains VALUES (?, ?, 0, 0, NULL, NULL, NULL, NULL, NULL)", key)
-            execute("UPDATE chains SET error = ? WHERE prompt = ? AND chain = ?", (text, *key))
+            execute("INSERT OR IGNORE INTO chains VALUES (?, ?, 0, 0, NULL, NULL, NULL, NULL, NULL)", self._number(key))
+            execute("UPDATE chains SET error = ? WHERE prompt = ? AND chain = ?", (text, *self._number(key)))
             self._count(execute)
 
     def finish(self, recorder: Recorder) -> Run:
@@ -246,6 +246,10 @@ class Writer:
         result = recorder.prepared.result(recorder.model, run.infos, run.prompts, run.cost)
         self.store.update(replace(self.header, result=result))
         return replace(run, early_exit=self.store.reader.early_exit(run.infos))
+
+    def _number(self, key: Key) -> Key:
+        """The numbers of prompt and chain in the file."""
+        return key[0], key[1] + self.header.first_chain
 
     def _learn(self, execute: Execute, tokens: Tokens) -> None:
         """Write the pieces of tokens not seen before."""
@@ -259,7 +263,7 @@ class Writer:
         """A chain is at a new path."""
         _, tokens, log_p, finished = self.tokens.delta(path, ())
         text = None if words is None else text_to_bytes(words)
-        row = (*key, block, steps, tokens, log_p, finished, text)
+        row = (*self._number(key), block, steps, tokens, log_p, finished, text)
         execute("INSERT OR REPLACE INTO chains VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
 
     def _count(self, execute: Execute) -> None:
