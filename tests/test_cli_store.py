@@ -169,6 +169,25 @@ def test_a_closed_pipe_is_quiet(given):
     assert err == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("given", [["sample", "--print-config"], ["sample", "--help"], ["--version"]])
+def test_output_to_a_full_disk_is_one_line(given):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "powermc", *given], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: cannot write the output: No space left on device\n"
+
+
+def test_ctrl_c_while_looking(cli, monkeypatch, tmp_path):
+    def pressed(file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("powermc.cli.store.load", pressed)
+    assert cli("show", tmp_path / "run.db") == (130, "", "interrupted\n")
+
+
 def test_the_configuration_of_a_store_is_toml(cli, tmp_path):
     file = tmp_path / "run.db"
     cli("sample", "\x1b[2J\u202e", *SMALL, "--store", file, "-q", "--thin", "2")

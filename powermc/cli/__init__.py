@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -58,10 +61,21 @@ add(app, "doctor", commands.Doctor, MACHINE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for an error, 130 after Ctrl-C."""
+    """Run the command line and return its exit code: 0, 1 for a closed pipe, 2 for an error, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()  # a closed pipe or a full disk shows here, not when the interpreter ends
+        return code
+    except OSError as error:  # where powermc opens a file it says what is wrong with it, so this is standard output
+        with contextlib.suppress(OSError, io.UnsupportedOperation):  # and the interpreter tries again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1 if error.errno == errno.EPIPE else failed(f"cannot write the output: {error.strerror or error}")
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="powermc", standalone_mode=False)
     except SystemExit as end:

@@ -160,9 +160,7 @@ def _run(name: str, command: Command, print_config: bool) -> int:
 def guarded(work: Callable[[], int], interrupted: str) -> int:
     """Do some work; an error made on purpose becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
-        code = work()
-        sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
-        return code
+        return work()
     except PowermcError as error:
         return failed(str(error))
     except KeyboardInterrupt:
