@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from powermc.errors import ModelError, NotSlotAddressable
+from powermc.lm.blocks import Compiled
 from powermc.lm.depth import Gated, Span
 from powermc.lm.lean import lean
 from powermc.lm.rows import Prefix, Rows, Slot, SlotCache
@@ -47,8 +48,8 @@ class Decoder:
     lost: str | None = None
     """What cannot be had of this model, and why; None: nothing."""
 
-    def __init__(self, model: PreTrainedModel, most_rows: int) -> None:
-        self.model = model.eval()
+    def __init__(self, model: PreTrainedModel, most_rows: int, compiled: bool = True) -> None:
+        self.model, self.compiled = model.eval(), compiled
         self.config: Any = model.config.get_text_config(decoder=True)
         self.name = type(model).__name__
         self._plain_body: Any = getattr(model, model.base_model_prefix, None)
@@ -64,7 +65,7 @@ class Decoder:
 
     def _open(self, most_rows: int) -> None:
         """Gates before the blocks, a cache addressed by slots, and what masks they need."""
-        self.body = Gated(self._plain_body, self.layers)
+        self.body = Gated(self._plain_body, self.layers, self.compiled)
         self.blocks = self.body.blocks
         attention = self.config._attn_implementation
         if attention not in _ATTENTION:
@@ -83,6 +84,8 @@ class Decoder:
             self.window = None
         self.mask_types = sorted(set(types))
         self.rows, self.cache = self._attach(most_rows)
+        if self.compiled and self.window is None:
+            self.body.passes = Compiled(self.body.blocks, self.rows)
 
     def _attach(self, most_rows: int) -> tuple[Rows, SlotCache]:
         """Learn the shapes of the cache from a plain forward."""
@@ -121,12 +124,22 @@ class Decoder:
 
     def _check(self) -> float:
         """max |logit difference| between rows (ragged prefill, then decode) and the plain forward, float32."""
-        return self._deviation(
-            self._ragged,
-            "row by row",
-            "ALiBi and recurrent models cannot: choose one with rotary positions",
-            NotSlotAddressable,
-        )
+        compiled, self.body.passes = self.body.passes, None
+        if compiled is not None:
+            self._check()  # block by block first
+            self.body.passes = compiled
+        try:
+            return self._deviation(
+                self._ragged,
+                "row by row",
+                "ALiBi and recurrent models cannot: choose one with rotary positions",
+                NotSlotAddressable,
+            )
+        except NotSlotAddressable:
+            if compiled is None:
+                raise
+            self.body.passes = None  # blocks that only look as if they could be run in one call
+            return self._check()
 
     def _ragged(self, slots: Sequence[Slot], lists: Sequence[list[int]]) -> None:
         """Bring rows forward by different numbers of tokens, then one by one."""
@@ -258,7 +271,7 @@ class Decoder:
         With `columns` only those of these tokens, (n, len(columns)).
         """
         stub, whole = _HeadOnly(self.model, hidden[:, None]), self.model.get_output_embeddings()
-        own: Any = lean(whole)  # type: ignore[arg-type]  # the constructor has checked
+        own: Any = lean(whole, self.compiled)  # type: ignore[arg-type]  # the constructor has checked
         if columns is not None:
             own = torch.nn.Linear(whole.weight.shape[1], len(columns), bias=whole.bias is not None, device="meta")  # type: ignore[union-attr]
             own.weight = torch.nn.Parameter(whole.weight[columns], requires_grad=False)  # type: ignore[union-attr]

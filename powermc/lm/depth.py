@@ -6,7 +6,8 @@ hidden states, in any thread) is unaffected, and there is nothing to undo.
 
 Every pass goes through the body's whole forward: embedding, positions, masks, the loop over the blocks, final norm. A
 gate outside the span hands its input on; the gate before the span replaces it by the states given. Slicing the list of
-blocks instead would renumber them, which Gemma 2 and 3, GPT-2 and windowed Qwen2 do not survive.
+blocks instead would renumber them, which Gemma 2 and 3, GPT-2 and windowed Qwen2 do not survive. Where a stretch of
+blocks can be run in one compiled call (`powermc.lm.blocks`), its first gate makes it, and the others hand on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from powermc.errors import NotSlotAddressable
+from powermc.lm.blocks import Compiled
 from powermc.lm.lean import Shadowed, shallow
 
 
@@ -31,6 +33,9 @@ class Span:
     states: torch.Tensor | None = None
     wanted: Collection[int] = ()
     found: dict[int, torch.Tensor] = field(default_factory=dict)
+    compiled: bool = False
+    done: int = 0
+    """Whether whole stretches are run by a compiled pass, and up to which layer that has been done."""
 
 
 class Gated:
@@ -39,7 +44,7 @@ class Gated:
     Raises `NotSlotAddressable` where the blocks cannot be found: a body without exactly one list of `layers` modules.
     """
 
-    def __init__(self, body: nn.Module, layers: int) -> None:
+    def __init__(self, body: nn.Module, layers: int, compiled: bool = True) -> None:
         where = [name for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers and name]
         where = [name for name in where if not any(name.startswith(f"{other}.") for other in where)]
         if len(where) != 1:
@@ -48,7 +53,8 @@ class Gated:
             )
         self.path = where[0]
         self.blocks: nn.ModuleList = body.get_submodule(self.path)  # type: ignore[assignment]
-        self.lean = Shadowed(self.blocks)
+        self.lean = Shadowed(self.blocks, compiled)
+        self.passes: Compiled | None = None
         self._span: Span | None = None
         self._body = self._shadow(body)
 
@@ -71,6 +77,7 @@ class Gated:
     def __call__(self, span: Span, **inputs: Any) -> torch.Tensor:
         """Run the span; return the final norm of the last block's output. `span.found` holds the states wanted."""
         self.lean.refresh()
+        span.compiled = self.passes is not None and self.passes.usable(inputs.get("past_key_values"))
         self._span = span
         try:
             return self._body(**inputs).last_hidden_state
@@ -91,13 +98,17 @@ class _Gate(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         span, after = self.gated.span, self.index + 1
-        if span.first < after <= span.last:
+        if span.first < after <= span.last and not span.compiled:
             output = self.gated.lean[self.index](*args, **kwargs)
             state = output[0] if isinstance(output, tuple) else output
             self.__dict__["tuple_length"] = len(output) if isinstance(output, tuple) else 0
         else:
             given = args[0] if args else kwargs["hidden_states"]
             state = span.states if after == span.first else given
+            if span.first < after <= span.last and self.index >= span.done:
+                span.done = min((d for d in span.wanted if d >= after), default=span.last)
+                angles, cache = kwargs["position_embeddings"], kwargs["past_key_values"]
+                state = self.gated.passes(self.index, span.done, given, angles, cache)
             n = self.tuple_length
             output = (state, *[None] * (n - 1)) if n else state
         if after in span.wanted:

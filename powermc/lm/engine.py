@@ -50,8 +50,8 @@ class Engine:
     None of these changes a draw.
     """
 
-    def __init__(self, model: PreTrainedModel, max_rows: int, *, reuse: bool = True) -> None:
-        self.decoder = decoder = attach(model, max_rows)
+    def __init__(self, model: PreTrainedModel, max_rows: int, *, reuse: bool = True, compiled: bool = True) -> None:
+        self.decoder = decoder = attach(model, max_rows, compiled)
         self.rows = decoder.rows
         self.ledger = Ledger(layers=decoder.layers)
         self.cost = cost_of(decoder.blocks, decoder.config, *decoder.head_dims, model.get_output_embeddings())  # type: ignore[arg-type]  # the decoder has checked

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from powermc.lm.product import available, most_rows, product
+from powermc.lm.product import available, product
+from powermc.lm.tiles import MOST_LANES
 
 _FEWEST = 4
 """Rows from which `product` was seen to be faster than `nn.Linear`."""
@@ -27,11 +28,13 @@ _FEWEST_TALL, _MOST_TALL = 12, 64
 class FewRows(nn.Linear):
     """`nn.Linear`, the same parameters, by other products where the rows are few."""
 
+    compiled: bool = True
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # the name is nn.Linear's
         n, dtype = input.numel() // max(input.shape[-1], 1), input.dtype
         if input.device.type != "cpu" or not _FEWEST <= n <= _MOST_TALL or torch.is_grad_enabled():
             return super().forward(input)
-        if dtype == torch.float32 == self.weight.dtype and n <= most_rows() and available():
+        if self.compiled and dtype == torch.float32 == self.weight.dtype and n <= MOST_LANES and available():
             output = product(input.reshape(n, -1), self.weight)
         elif dtype in (torch.float32, torch.float64) and n >= _FEWEST_TALL:
             output = torch.mm(self.weight, input.reshape(n, -1).T).T.contiguous()
@@ -42,16 +45,18 @@ class FewRows(nn.Linear):
         return output.view(*input.shape[:-1], -1)
 
 
-def lean(module: nn.Module) -> nn.Module:
+def lean(module: nn.Module, compiled: bool = True) -> nn.Module:
     """A shadow of a module and all within it: the same parameters, buffers and hooks, each `nn.Linear` a `FewRows`.
 
-    Subclasses of `nn.Linear`, such as quantised or adapted ones, stay what they are.
+    `compiled`: whether it may use `product`. Subclasses of `nn.Linear`, such as quantised or adapted ones, stay what
+    they are.
     """
     shadow = shallow(module)
     for name, child in module._modules.items():
-        shadow._modules[name] = None if child is None else lean(child)
+        shadow._modules[name] = None if child is None else lean(child, compiled)
     if type(module) is nn.Linear:
         shadow.__class__ = FewRows
+        shadow.__dict__["compiled"] = compiled
     return shadow
 
 
@@ -63,18 +68,19 @@ def shallow(module: Any) -> Any:
 
 
 class Shadowed:
-    """Lean shadows of a list of blocks, made anew when their owner replaces a module in one of them."""
+    """Lean shadows of a list of blocks, made anew when their owner replaces a module or a forward in one of them."""
 
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        self._blocks = blocks
-        self._seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    def __init__(self, blocks: nn.ModuleList, compiled: bool = True) -> None:
+        self._blocks, self._compiled = blocks, compiled
+        self._seen: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], Any]] = []
         self._shadows: list[nn.Module] = []
 
     def refresh(self) -> None:
         """To be called before a pass."""
-        if not self._shadows or any(now != then for now, then in self._seen):
-            self._seen = [(m._modules, dict(m._modules)) for m in self._blocks.modules() if m._modules]
-            self._shadows = [lean(block) for block in self._blocks]
+        if not self._shadows or any(now != then or own.get("forward") is not f for now, then, own, f in self._seen):
+            modules = list(self._blocks.modules())
+            self._seen = [(m._modules, dict(m._modules), m.__dict__, m.__dict__.get("forward")) for m in modules]
+            self._shadows = [lean(block, self._compiled) for block in self._blocks]
 
     def __getitem__(self, index: int) -> nn.Module:
         return self._shadows[index]

@@ -45,6 +45,9 @@ class CausalLM(DepthOracle):
     speculate
         How many tokens a row that decodes alone guesses from earlier text and runs in the same pass; more rows guess
         less (`powermc.lm.guesses`). It changes no draw. 0: none.
+    compiled
+        Whether products of a few rows, and whole passes where the blocks allow it, run in compiled code
+        (`powermc.lm.blocks`; float32 on a CPU). Sums are taken in another order: it changes no draw but for near-ties.
 
     Raises `ModelError` for models that cannot be driven row by row (see `powermc.lm.decoder`).
     """
@@ -58,6 +61,7 @@ class CausalLM(DepthOracle):
         memory: int | str | None = None,
         reuse: bool = True,
         speculate: int = 0,
+        compiled: bool = True,
         name: str | None = None,
     ) -> None:
         if max_rows < 1:
@@ -66,7 +70,7 @@ class CausalLM(DepthOracle):
             raise ArgumentError(f"speculate must be a number of tokens >= 0, got {speculate}")
         self.memory = None if memory is None else budget.parse(memory)
         self._most = max_rows
-        engine = Engine(model, max_rows, reuse=reuse)
+        engine = Engine(model, max_rows, reuse=reuse, compiled=compiled)
         engine.guesser = Lookup(speculate) if speculate else None
         super().__init__(engine, engine.decoder.layers)
         self.decoder, self.ledger = engine.decoder, engine.ledger
@@ -85,6 +89,7 @@ class CausalLM(DepthOracle):
         memory: int | str | None = None,
         reuse: bool = True,
         speculate: int = 0,
+        compiled: bool = True,
     ) -> CausalLM:
         """Load a model and its tokenizer.
 
@@ -96,7 +101,8 @@ class CausalLM(DepthOracle):
         if memory is not None:
             budget.parse(memory)  # before anything is read
         model, tokenizer = load(name, gguf_file=gguf_file, dtype=dtype, device=device)
-        return cls(model, tokenizer, max_rows=max_rows, memory=memory, reuse=reuse, speculate=speculate, name=name)
+        options = {"max_rows": max_rows, "memory": memory, "reuse": reuse, "speculate": speculate, "compiled": compiled}
+        return cls(model, tokenizer, name=name, **options)  # type: ignore[arg-type]
 
     # What a run needs to know of the model.
 

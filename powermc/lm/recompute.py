@@ -24,15 +24,15 @@ from powermc.lm.rows import Rows
 _CALL_TOKENS = 4096
 
 
-def attach(model: PreTrainedModel, most_rows: int) -> Decoder:
+def attach(model: PreTrainedModel, most_rows: int, compiled: bool = True) -> Decoder:
     """The `Decoder` of a model; without a cache, and with a `RuntimeWarning`, where there is no other way.
 
     Raises `ModelError` for what cannot be driven without a cache either.
     """
     try:
-        return Decoder(model, most_rows)
+        return Decoder(model, most_rows, compiled)
     except NotSlotAddressable as reason:
-        decoder = Recomputing(model, most_rows, str(reason))
+        decoder = Recomputing(model, most_rows, str(reason), compiled)
         warnings.warn(f"{decoder.name} is sampled without a cache: {decoder.lost}", RuntimeWarning, stacklevel=4)
         return decoder
 
@@ -44,10 +44,10 @@ class Recomputing(Decoder):
     position change with what follows it (a model that is not causal).
     """
 
-    def __init__(self, model: PreTrainedModel, most_rows: int, reason: str) -> None:
+    def __init__(self, model: PreTrainedModel, most_rows: int, reason: str, compiled: bool = True) -> None:
         self.reason = reason
         self.lost = f"each token is a pass over its whole prefix; early exits are off ({reason})"
-        super().__init__(model, most_rows)
+        super().__init__(model, most_rows, compiled)
 
     def _open(self, most_rows: int) -> None:
         lists = (m for m in self._plain_body.modules() if isinstance(m, nn.ModuleList))

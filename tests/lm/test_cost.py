@@ -42,7 +42,9 @@ COUNTED_SHORT = ("diffllama", "modernbert-decoder")
 
 def model_of(name: str) -> CausalLM:
     """Without reuse, so that what a move costs is a function of the two paths."""
-    return CausalLM(tiny_model(name.split(",")[0], **SHAPES.get(name, COUNTED)), max_rows=4, reuse=False)
+    return CausalLM(
+        tiny_model(name.split(",")[0], **SHAPES.get(name, COUNTED)), max_rows=4, reuse=False, compiled=False
+    )
 
 
 def counted(run_it: Any) -> int:

@@ -1,0 +1,170 @@
+"""A pass through a span of decoder blocks in one compiled call, for the blocks that most checkpoints are made of.
+
+Run module by module, a decode pass of a 135M model spends as long on two thousand small operations as on reading its
+weights. Where every block is an RMS norm, attention over all positions (rotary), an RMS norm and a SwiGLU, nothing of
+it modified or watched, the whole span runs in one call (`powermc.lm.blocks_numba`); the body's own forward still makes
+the embeddings, the rotary angles and the final norm. Everything else runs block by block, as its owner wrote it.
+
+That a block does what is compiled here is not taken from its name alone: `Decoder` compares the logits of both with the
+model's plain forward before it uses either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from powermc.lm import blocks_numba as compiled
+from powermc.lm.product import available, barrier, together
+from powermc.lm.rows import Rows, SlotCache
+from powermc.lm.tiles import MOST_LANES, TILE, lanes_for
+
+KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+"""Blocks of transformers that are made so."""
+
+_LINEAR = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+_ACTIVATIONS = ("SiLU", "SiLUActivation")
+_GLOBAL_HOOKS = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+)
+
+
+class Compiled:
+    """Compiled passes through the blocks of one decoder; None of its weights is copied.
+
+    `usable` says, before every pass, whether nothing has been changed that it would not see.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, rows: Rows) -> None:
+        self._blocks, self._rows = blocks, rows
+        self._modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._parts: list[list[Any]] = []
+        self._watched: list[nn.Module] = []
+        self._fits = False
+
+    def usable(self, cache: Any) -> bool:
+        """Whether a pass over the slots that this cache is aimed at can be run here."""
+        if not isinstance(cache, SlotCache) or not available() or torch.is_grad_enabled():
+            return False
+        if cache.slots.shape[0] > MOST_LANES or not 1 <= int((cache.slots != cache.rows.length).sum()) <= MOST_LANES:
+            return False
+        if not self._modules or any(now != then for now, then in self._modules):
+            self._learn()
+        if not self._fits or any(_GLOBAL_HOOKS):
+            return False
+        return all(
+            not (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__) for m in self._watched
+        ) and all(p.dtype is torch.float32 and p.device.type == "cpu" for p in self._tensors() if p is not None)
+
+    def _learn(self) -> None:
+        """Look at the blocks anew: some module has been replaced."""
+        self._watched = list(self._blocks.modules())
+        self._modules = [(m._modules, dict(m._modules)) for m in self._watched if m._modules]
+        parts = [_parts(block) for block in self._blocks]
+        self._parts = [part for part in parts if part is not None]
+        shapes = {tuple(None if m is None else tuple(m.weight.shape) for m in part) for part in self._parts}
+        keys, values = self._rows.keys, self._rows.values
+        self._fits = (
+            len(self._parts) == len(self._blocks)
+            and len(shapes) == 1
+            and keys.dtype == torch.float32
+            and keys.shape[2:] == values.shape[2:]
+        )
+        if self._fits:
+            first: Any = self._blocks[0]
+            attention, (q, _, _, _, gate) = first.self_attn, self._parts[0][4:9]
+            self._dim = attention.head_dim
+            self._heads, self._groups = q.out_features // self._dim, keys.shape[2]
+            self._width, self._middle = q.in_features, gate.out_features
+            norms = self._parts[0][:4]
+            self._numbers = np.array(
+                [_epsilon(norms[0]), _epsilon(norms[2]) if norms[2] is not None else 0.0, attention.scaling], np.float32
+            )
+
+    def _tensors(self) -> Iterator[torch.Tensor | None]:
+        """Per block: four norms, then seven matrices, each followed by its bias."""
+        for part in self._parts:
+            for module in part[:4]:
+                yield None if module is None else module._parameters["weight"]
+            for module in part[4:]:
+                yield module._parameters["weight"]
+                yield module._parameters["bias"]
+
+    def __call__(
+        self, first: int, last: int, states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: SlotCache
+    ) -> torch.Tensor:
+        """States (A, Q, width) after blocks first..last-1; keys and values go to the cache's slots (A, Q).
+
+        `angles`: cosines and sines of the positions, (A or 1, Q, dim). Padding (slots in the bin) stays as it is.
+        """
+        rows = self._rows
+        real = cache.slots != rows.length
+        slots, places = real.nonzero()[:, 0].contiguous(), cache.slots[real]
+        given = states[real]
+        n = len(given)
+        lanes = int(lanes_for(n))
+        packed = given.new_zeros(self._width, lanes)
+        packed[:, :n] = given.T
+        cos, sin = (a.expand(*real.shape, -1)[real].float().contiguous() for a in angles)
+        sizes = 2 * (self._heads + self._groups) * self._dim + self._middle
+        scratch = given.new_empty(sizes * lanes)
+        weights = np.fromiter(
+            (0 if t is None else t.data_ptr() for t in self._tensors()),
+            np.int64,
+            len(self._blocks) * compiled.PER_LAYER,
+        ).reshape(-1, compiled.PER_LAYER)[first:last]
+        counters = np.zeros((last - first, compiled.PHASES), np.int64)
+        job = np.zeros(compiled.JOB, np.int64)
+        job[:8] = lanes, self._width, self._heads, self._groups, self._dim, self._middle, last - first, n
+        job[8:12] = weights.ctypes.data, packed.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        job[12:14] = slots.data_ptr(), places.data_ptr()
+        job[14:16] = rows.keys[first].data_ptr(), rows.values[first].data_ptr()
+        job[16:19] = rows.keys.stride()[:3]
+        job[19:] = scratch.data_ptr(), counters.ctypes.data, barrier(), self._numbers.ctypes.data
+        together(compiled.run, (ctypes.c_int64 * compiled.JOB)(*job.tolist()))
+        out = states.clone()
+        out[real] = packed[:, :n].T
+        return out
+
+
+def _parts(block: Any) -> list[Any] | None:
+    """Norms and matrices of a block, in the order of `blocks_numba`; None if it is not made of just these."""
+    kind = type(block)
+    if kind.__name__ not in KNOWN or not kind.__module__.startswith("transformers.models."):
+        return None
+    modules: Any = dict(block.named_modules())
+    norms, matrices = [modules.get(name) for name in _NORMS], [modules.get(name) for name in _LINEAR]
+    own = {"", "self_attn", "mlp", "mlp.act_fn", *_LINEAR, *_NORMS}
+    if not set(modules) <= own or any(type(m) is not nn.Linear for m in matrices) or None in norms[:2]:
+        return None
+    if type(modules.get("mlp.act_fn")).__name__ not in _ACTIVATIONS:
+        return None
+    if (norms[2] is None) != (norms[3] is None):
+        return None
+    if any(not type(norm).__name__.endswith("RMSNorm") for norm in norms if norm is not None):
+        return None
+    weights = [m.weight for m in (*norms, *matrices) if m is not None]
+    if any(not w.is_contiguous() or w.dtype != torch.float32 for w in weights) or any(
+        m.weight.shape[0] % TILE for m in matrices
+    ):
+        return None
+    return [*norms, *matrices]
+
+
+def _epsilon(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
