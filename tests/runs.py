@@ -116,7 +116,18 @@ def _chain(
             row |= {"component": int(plain)}
             passed = not plain and kind in ("moved", "rejected")
             row |= {"stage1_accepted": passed, "stage": 2 * passed if kind == "moved" else int(passed)}
-            row |= {"log_surrogate": float(draw.normal(0, 3)), "same": kind == "same" and not plain}
+            change = float(draw.normal(0, 3))
+            row |= {
+                "log_surrogate": change if not plain and kind != "same" else math.nan,
+                "same": kind == "same" and not plain,
+            }
+            if row["same"]:
+                row |= {"log_ratio": math.nan, "log_level": math.nan}
+            if passed:  # and either stage may have come nearer to a tie
+                row |= {
+                    "log_target": change - 5.0,
+                    **({"log_ratio": change - 5.0 - change} if draw.random() < 0.5 else {}),
+                }
         if kind in ("moved", "same"):
             row |= {"accepted": True, "changed": kind == "moved"}
             x = y if kind == "moved" else x

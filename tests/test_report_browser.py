@@ -111,6 +111,12 @@ def test_every_step_shows_the_paths_of_the_run(page, report, run):
         word = page.text("#verdict .verdict")
         assert (word == "Accepted") == bool(info["changed"][2, step])
         assert (word == "Abandoned") == bool(info["abandoned"][2, step])
+        facts = page.run("[...document.querySelectorAll('#facts dt')].map((e) => e.textContent)")
+        assert ("stage 2: log ratio" in facts) == bool(info["stage1_accepted"][2, step])
+        second = info["log_target"][2, step] - info["log_surrogate"][2, step]
+        screened = info["component"][2, step] == 0 and not info["null"][2, step] and not info["same"][2, step]
+        first = screened and info["log_ratio"][2, step] != second
+        assert any(fact.startswith("stage 1: log ratio") for fact in facts) == bool(first)
         page.press("ArrowRight")
     assert step_name(page).startswith("step 40")  # the last step is the end
     assert page.complaints == []

@@ -57,10 +57,18 @@ def walk(
     return {
         "steps": steps,
         "error": None if chain.error is None else str(chain.error),
-        "columns": {**columns, "verdict": outcome.tolist()},
+        "columns": {**columns, **_second(info, index, steps), "verdict": outcome.tolist()},
         **_deltas(chain, info["block"][index, :steps], outcome, alphabet),
         **_proposals(proposals[:steps], outcome, alphabet),
     }
+
+
+def _second(info: Mapping[str, np.ndarray], chain: int, steps: int) -> dict[str, list[Any]]:
+    """Of proposals that reached stage 2, its log ratio, and whether the ratio on record is that one or stage 1's."""
+    if "log_surrogate" not in info:
+        return {}
+    second = info["log_target"][chain, :steps] - info["log_surrogate"][chain, :steps]
+    return {"log_ratio_2": numbers(second), "on_record_2": (second == info["log_ratio"][chain, :steps]).tolist()}
 
 
 def _deltas(chain: Chain, blocks: np.ndarray, outcome: np.ndarray, alphabet: Alphabet) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def text(run: Run) -> dict[str, Any]:
         "prompt_names": names,
         "cost_sentence": _cost_sentence(run),
         "stage_sentences": [visible(sentence) for sentence in _stage_sentences(run)],
+        "efficiency_head": ("effective draws", *(title for title, _, _ in _RATES)),
         "efficiency": _efficiency(run),
         **_configuration(run),
         "facts": visible(json.dumps(jsonable(dict(run.early_exit)), indent=1, default=str, ensure_ascii=False))
@@ -92,7 +93,7 @@ def _figures(run: Run) -> list[dict[str, str]]:
 def _duration(seconds: float) -> tuple[str, str]:
     if seconds < 120:
         return f"{seconds:.1f}", "s"
-    return (f"{seconds / 60:.0f}", "min") if seconds < 7200 else (f"{seconds / 3600:.1f}", "h")
+    return (f"{seconds / 60:.3g}", "min") if seconds < 7200 else (f"{seconds / 3600:.1f}", "h")
 
 
 def _cost_sentence(run: Run) -> str:
@@ -120,7 +121,7 @@ def _stage_sentences(run: Run) -> list[str]:
         shares = " to ".join(dict.fromkeys((f"{false.lower:.1%}", f"{false.upper:.1%}")))
         found.append(f"Of screened proposals, stage 1 turned down {shares} that a single stage would have accepted.")
     if facts.get("kl_positions"):
-        found.append(f"KL(p\u2016p~) on completed tails was {facts['kl']:.2f} nats, {_held_out(facts['kl_held_out'])}.")
+        found.append(f"KL(p||p~) on completed tails was {facts['kl']:.2f} nats, {_held_out(facts['kl_held_out'])}.")
     return found
 
 
@@ -132,12 +133,19 @@ def _percent(share: float) -> str:
     return "none" if math.isnan(share) else f"{share:.0%}"
 
 
+_RATES = (
+    ("all prompts", "ess", 1.0),
+    ("per second", "per_second", 1.0),
+    ("per 1,000 full-depth tokens", "per_full_token", 1e3),
+    ("per TFLOP", "per_flop", 1e12),
+)
+
+
 def _efficiency(run: Run) -> list[list[str]]:
-    """Rows of a table: functional; effective draws in all, per second, per 1,000 full-depth tokens, per TFLOP."""
-    scales = (("ess", 1.0), ("per_second", 1.0), ("per_full_token", 1e3), ("per_flop", 1e12))
+    """Rows of a table: a functional, and its effective draws as `_RATES` names them."""
     found, _ = convergence(run)
     return [
-        [functional(row.functional).partition(",")[0], *(_figure(getattr(row, name) * scale) for name, scale in scales)]
+        [functional(row.functional).partition(",")[0], *(_figure(getattr(row, name) * x) for _, name, x in _RATES)]
         for row in efficiency(run, found)
         if math.isfinite(row.ess)
     ]

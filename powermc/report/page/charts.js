@@ -71,12 +71,12 @@ const CHARTS = {
       type: "line", x0: start + 0.5, x1: start + 0.5, y0: 0, y1: 1, yref: "paper", layer: "below",
       line: { color: colours.line, width: 1, dash: "dot" },
     }));
-    return [lines(steps, data.log_p, state.chain, colours, "nats"),
+    return [lines(steps, data.log_p, state.chain, colours, "nats", "hv"),
       layout(colours, ["step", colours], ["log p, nats", colours], { shapes: marks })];
   },
 
   spent(data, state, colours) {
-    return [lines((chain) => data.spent[chain], data.log_p, state.chain, colours, "nats"),
+    return [lines((chain) => data.spent[chain], data.log_p, state.chain, colours, "nats", "hv"),
       layout(colours, ["tokens evaluated for its steps so far", colours, shortNumbers], ["log p, nats", colours])];
   },
 

@@ -21,7 +21,8 @@ function number(value, digits = 2) {
   if (value === null || value === undefined || Number.isNaN(value)) return "\u2013";
   if (value === "inf") return "\u221e";
   if (value === "-inf") return `${MINUS}\u221e`;
-  const text = Math.abs(value).toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  const places = { minimumFractionDigits: digits, maximumFractionDigits: digits };
+  const text = Math.abs(value).toLocaleString("en-US", places);
   return value < 0 && Number(text.replaceAll(",", "")) !== 0 ? MINUS + text : text;
 }
 
@@ -45,5 +46,6 @@ function faded(rgb, opacity) {
 /** `share` of a colour over the page's ground, opaque. */
 function tint(rgb, share) {
   const ground = colour("--ground").match(/[\d.]+/g).map(Number);
-  return `rgb(${rgb.match(/[\d.]+/g).slice(0, 3).map((v, i) => Math.round(share * v + (1 - share) * ground[i])).join(", ")})`;
+  const mixed = rgb.match(/[\d.]+/g).slice(0, 3).map((v, i) => Math.round(share * v + (1 - share) * ground[i]));
+  return `rgb(${mixed.join(", ")})`;
 }

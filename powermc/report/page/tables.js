@@ -16,7 +16,8 @@ function answer(group, open) {
     "aria-label": `show chain ${c} step by step`, on: { click: () => open(c) } }, `${c}`));
   const facts = group.length === null ? "nothing drawn"
     : `log p ${number(group.log_p)} nats \u00b7 ${count(group.length, "token")} \u00b7 ${group.ending}`;
-  const text = make("p", { class: "answer-text clamped" }, group.text ?? (group.length === null ? "" : "no tokenizer, no text"));
+  const instead = group.length === null ? "" : "no tokenizer, no text";
+  const text = make("p", { class: "answer-text clamped" }, group.text ?? instead);
   if (group.text !== null && !group.text.trim()) text.replaceChildren("(empty)");
   const more = make("button", { type: "button", class: "more", "aria-expanded": "false", hidden: true,
     on: { click: () => {
@@ -26,8 +27,9 @@ function answer(group, open) {
     } } }, "Show all");
   const errors = group.error ? make("p", { class: "failed" }, `Stopped early: ${group.error}`) : null;
   return make("li", { class: "answer" },
-    make("p", { class: "answer-facts" }, make("span", { class: "chains" }, group.members.length > 1 ? "chains " : "chain ", ...links),
-      make("span", {}, facts)), text, more, errors);
+    make("p", { class: "answer-facts" },
+      make("span", {}, group.members.length > 1 ? "chains " : "chain ", ...links), make("span", {}, facts)),
+    text, more, errors);
 }
 
 const AT_FIRST = 6;
@@ -59,8 +61,8 @@ function offerMore(items) {
 }
 
 function cells(tag, values) {
-  return values.map((value, i) => make(i ? tag : "th", { scope: i ? (tag === "th" ? "col" : null) : tag === "th" ? "col" : "row" },
-    value));
+  const scope = (i) => (tag === "th" ? "col" : i ? null : "row");
+  return values.map((value, i) => make(i ? tag : "th", { scope: scope(i) }, value));
 }
 
 /** A table from {head, rows} of strings or elements. */
@@ -75,7 +77,7 @@ const FIGURES = [["mean", "mean", 2], ["sd", "sd", 2], ["MCSE", "mcse", 3], ["R-
 function figureCell(row, name, digits) {
   const why = row.reasons[name];
   const cell = number(row[name], digits);
-  return why ? make("span", { class: "why-not", title: why }, cell, make("span", { class: "hidden" }, ` ${why}`)) : cell;
+  return why ? make("span", { title: why }, cell, make("span", { class: "hidden" }, ` ${why}`)) : cell;
 }
 
 /** Warnings and the table of diagnostics of a prompt. */

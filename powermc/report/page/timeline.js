@@ -2,6 +2,7 @@
 
 const HEIGHT = 120;
 const LANE = 30; // of it, for the ticks
+const EDGE = 4; // left free at either end, as the style does for the slider
 
 /** How tall a step's tick is, 0 to 1. */
 function reach(walk, step) {
@@ -27,7 +28,7 @@ class Timeline {
     this.range.value = step;
     this.range.disabled = !walk.steps;
     if (!walk.steps) return;
-    const x = (i) => 1 + (walk.steps > 1 ? (i * (width - 2)) / (walk.steps - 1) : 0);
+    const x = (i) => EDGE + (walk.steps > 1 ? (i * (width - 2 * EDGE)) / (walk.steps - 1) : 0);
     this.range.setAttribute("aria-valuetext", sentence(walk, step));
     this.blocks(pen, walk, x, width);
     this.trace(pen, walk, x);
@@ -60,17 +61,20 @@ class Timeline {
     pen.lineWidth = 1.25;
     pen.lineJoin = "round";
     pen.beginPath();
+    let level = 0;
     walk.log_p.forEach((v, i) => {
       if (typeof v !== "number") return;
       const start = i === 0 || walk.block[i] !== walk.block[i - 1];
       if (start) pen.moveTo(x(i), y(v));
-      else pen.lineTo(x(i), y(v));
+      else pen.lineTo(x(i), level); // a chain stays where it is until it moves
+      pen.lineTo(x(i), y(v));
+      level = y(v);
     });
     pen.stroke();
   }
 
   ticks(pen, walk, x, width) {
-    const thick = Math.max(1, Math.min(3, width / walk.steps - 1));
+    const thick = Math.max(1, Math.min(5, width / walk.steps - 1));
     const colours = { true: colour("--accent"), false: colour("--tick") };
     for (let i = 0; i < walk.steps; i++) {
       const height = reach(walk, i) * (LANE - 4);

@@ -1,6 +1,6 @@
 // Tokens as coloured text: by how surprising they were, or by how often their position changed.
 
-const DEEPEST = 6; // nats; more surprising tokens look the same
+const DEEPEST = 4; // nats; more surprising tokens look the same
 
 /** How strongly a token is coloured, 0 to 1; null where nothing is known. */
 function strength(mode, score, changes, most) {

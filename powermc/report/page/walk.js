@@ -48,6 +48,20 @@ function stageList(walk, step) {
   return make("ol", { class: "stages", "aria-label": "how far the proposal came" }, ...items);
 }
 
+const LEVEL = "accepted, or passed on, where the log ratio is above it";
+
+/** [[name, value, hint]]: log ratio and level on record, of the stage nearer to a tie, and what else is known. */
+function ratios(walk, step) {
+  if (walk.log_ratio[step] === null) return []; // nothing was decided
+  const bound = walk.verdict[step] === ABANDONED ? ", at most" : "";
+  const staged = walk.component && walk.component[step] === 0 && !walk.gated[step];
+  const second = staged ? walk.log_ratio_2[step] : null;
+  const level = ["level log u", walk.log_level[step], LEVEL];
+  if (second !== null && walk.on_record_2[step]) return [["stage 2: log ratio", second], level];
+  const first = [staged ? `stage 1: log ratio${bound}` : `log ratio${bound}`, walk.log_ratio[step]];
+  return second === null ? [first, level] : [first, level, ["stage 2: log ratio", second]];
+}
+
 function factRows(walk, step) {
   const rows = [];
   const add = (term, value, unit, hint) => value !== undefined && rows.push([term, value, unit, hint]);
@@ -60,10 +74,7 @@ function factRows(walk, step) {
   add("proposed", whole(of("proposal_length")), of("proposal_length") === 1 ? "token" : "tokens");
   if (of("tokens") !== undefined) add("evaluated", whole(of("tokens")), of("tokens") === 1 ? "token" : "tokens",
     "tokens evaluated by the model in this step; the others were known already");
-  const bound = walk.verdict[step] === ABANDONED;
-  add(bound ? "log ratio, at most" : "log ratio", number(of("log_ratio")), "nats",
-    "of the stage that came closest to a tie");
-  add("level log u", number(of("log_level")), "nats", "accepted where the log ratio is above it");
+  for (const [name, value, hint] of ratios(walk, step)) add(name, number(value), "nats", hint);
   if (of("log_surrogate") !== null) add("\u0394 log surrogate", number(of("log_surrogate")), "nats");
   if (of("log_target") !== null) add("\u0394 log target", number(of("log_target")), "nats");
   const before = step > 0 ? walk.log_p[step - 1] : null;
