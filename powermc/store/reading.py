@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path as File
 from typing import Any
 
@@ -78,7 +79,6 @@ class Reader:
             raise StoreError(f"{path}: its header is not whole ({error}); go back to a copy") from error
         self.layout = Layout(fields_from_json(self.header.fields))
         self.tokens = Tokenization(self.header.vocabulary)
-        self._ids: dict[int, int] = {}  # one int object per token, however many paths
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -182,7 +182,12 @@ class Reader:
         return None if proposed is None else self.tokens.unpack(proposed)  # type: ignore[arg-type]
 
     def _tuple(self, data: bytes) -> Tokens:
-        return tuple(self._ids.setdefault(token, token) for token in self.tokens.unpack(data).tolist())
+        return tuple(self._ids[self.tokens.unpack(data)])
+
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        """One int object per token id, however many paths there are."""
+        return np.arange(int(self.header.vocabulary)).astype(object)
 
     def run(self) -> Run:
         """Everything. Raises `StoreError` where rows contradict each other."""
