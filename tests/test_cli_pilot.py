@@ -205,7 +205,7 @@ def test_every_option_reaches_power_sample(cli, folder, monkeypatch):
     code, *_ = cli(*sampling(folder), *[part for name, v in options.items() for part in (f"--{name}", str(v))])
     assert code == 130
     rest = {"alpha": 1.5, "max_new_tokens": 6, "steps": 4, "chains": 2, "block_size": 3, "progress": False}
-    rest |= {"store": None, "resume": False, "thin": 1, "keep_proposals": True}
+    rest |= {"store": None, "resume": False, "thin": 1, "keep_proposals": True, "first_chain": 0}
     assert calls == [{**options, **rest, "exit": folder / "a.lens"}]
 
 

@@ -119,6 +119,14 @@ def test_stores_are_joined(cli, tmp_path):
     assert [p["text"] for p in json.loads(cli("show", tmp_path / "all.db", "--json")[1])["prompts"]] == ["q", "r"]
 
 
+def test_workers_share_the_chains_of_a_prompt(cli, tmp_path):
+    _, whole, _ = cli("sample", "q", *SMALL, "--chains", "4", "--json", "-q")
+    for first in (0, 2):
+        assert cli("sample", "q", *SMALL, "--first-chain", first, "--store", tmp_path / f"{first}.db", "-q")[0] == 0
+    assert cli("merge", tmp_path / "0.db", tmp_path / "2.db", "-o", tmp_path / "all.db")[0] == 0
+    assert drawn(cli("show", tmp_path / "all.db", "--json")[1]) == drawn(whole)
+
+
 def test_a_report_is_written(cli, tmp_path):
     pytest.importorskip("plotly")
     file = tmp_path / "run.db"
@@ -141,6 +149,7 @@ def test_a_report_is_written(cli, tmp_path):
         (["sample", "q", "--store", "{}"], "it is a folder"),
         (["sample", "q", "--store", "{}/no/x.db"], "there is no folder"),
         (["sample", "q", "--thin", "0"], "thin must be an integer >= 1, got 0"),
+        (["sample", "q", "--first-chain", "-1"], "first_chain must be an integer >= 0, got -1"),
         (["sample", "q", "--resume"], "--resume has no effect without a store"),
         (["sample", "q", "--no-keep-proposals"], "--no-keep-proposals has no effect without a store"),
         (["merge", "{}/a.db"], "Missing option '--out'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -330,6 +331,13 @@ def test_the_settings_of_a_run_repeat_it(cli, tmp_path):
     assert drawn(out) == run.texts
     name, options = cli.loader.calls[0]
     assert (name, options["dtype"]) == ("m", "float64")
+
+
+def test_every_argument_of_the_api_is_an_option():
+    """But for what only Python can give. A new one is either added to the command line or named here."""
+    arguments = set(inspect.signature(powermc.power_sample).parameters)
+    only_python = {"prompts", "reward", "reward_at_most", "progress", "callbacks"}
+    assert arguments - only_python <= set(kinds(REGISTERED["sample"]))
 
 
 def test_what_only_python_can_give_is_a_comment():

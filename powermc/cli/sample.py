@@ -59,7 +59,7 @@ def run(chosen: Sample) -> int:
     prompts = prompts_of(chosen)
     given, checked = _given(chosen), settings(chosen)
     checked.check_prompts(prompts)
-    kept = {name: getattr(chosen, name) for name in ("store", "resume", "thin", "keep_proposals")}
+    kept = {name: getattr(chosen, name) for name in ("store", "resume", "thin", "keep_proposals", "first_chain")}
     out, as_json, quiet = chosen.out, chosen.json, chosen.quiet
     if out is not None:
         check_writable(out)
@@ -107,6 +107,7 @@ def fit_lens(model: Any, chosen: Settings, quiet: bool) -> None:
 def check_store(chosen: Sample) -> None:
     """Raise `ArgumentError` or `StoreError` for a store that this run cannot be written to."""
     check_count("thin", chosen.thin, least=1)
+    check_count("first_chain", chosen.first_chain, least=0)
     if chosen.store is not None:
         check_place(chosen.store, resume=chosen.resume)
     elif chosen.resume or not chosen.keep_proposals:

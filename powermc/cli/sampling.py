@@ -202,6 +202,14 @@ class Sample(Settings, Loading, Rows, Guessing, Reusing, Written):
         ),
     ] = True  # fmt: skip
 
+    first_chain: Annotated[
+        int,
+        typer.Option(
+            help="Number of the first chain, where workers share a prompt's chains; 'merge' joins.",
+            rich_help_panel=STORE,
+        ),
+    ] = 0
+
     ALTERNATIVES: ClassVar[tuple[str, ...]] = ("question", "prompt", "file", "demo")
 
     def effective(self) -> tuple[dict[str, Any], list[str]]:
