@@ -302,7 +302,7 @@ def test_a_mutant_of_the_identity_is_found():
 
 
 def test_the_estimate_is_unbiased_where_both_ratios_are_known():
-    """Pairs drawn in equilibrium, every ratio on record: the mean of the terms is F. Finds a bias of .01 with 99%."""
+    """Pairs drawn in equilibrium, every ratio on record: the mean of the terms is F. Finds a bias of .03 with 99%."""
     target, surrogate, proposal = all_laws = laws(0, 6, 1.0)
     pi, q = np.exp(target) / np.exp(target).sum(), np.exp(proposal) / np.exp(proposal).sum()
     f = by_definition(*all_laws, reverse=False)
@@ -329,7 +329,7 @@ def test_the_estimate_is_unbiased_where_both_ratios_are_known():
         assert all(e.lower == e.upper for e in found if e.screened)
         return bounded_mean_p(np.array([e.lower if e.screened else 0.0 for e in found]), f)
 
-    assert sequential_test(p_values, n=4000).passed
+    assert sequential_test(p_values, n=2000).passed
 
 
 def test_the_bounds_hold_on_a_real_chain():
@@ -337,7 +337,7 @@ def test_the_bounds_hold_on_a_real_chain():
     target, surrogate, proposal = all_laws = laws(0, 6, 1.0)
     table = [Table(dict(enumerate(law.tolist()))) for law in (surrogate, target)]
     kernel = DelayedAcceptance(table, Independent(dict(enumerate(proposal.tolist()))))
-    drawn = sample(kernel, 0, draws=400, warmup=20, chains=16)
+    drawn = sample(kernel, 0, draws=200, warmup=20, chains=16)
     infos = {**drawn.infos, "screened": ~drawn.infos["same"]}
     found = estimate_false_rejections([infos])
     screened = 1 - drawn.infos["same"].mean()
