@@ -204,7 +204,6 @@ def test_everything_can_be_reached_and_has_a_name(page, report):
 
 def test_hostile_text_is_shown_and_never_run(page, hostile):
     page.open(hostile)
-    scroll_through(page)
     for _ in range(30):
         page.press("ArrowRight")
     page.press(".")
@@ -239,7 +238,8 @@ def test_it_fits_the_window_and_can_be_read(page, report, width, dark):
     page.size(width, 900, dark=dark, mobile=width < 500)
     try:
         page.open(report)
-        scroll_through(page)
+        if not dark:
+            scroll_through(page)
         assert page.run("document.documentElement.scrollWidth") <= width
         for _ in range(3):  # however tokens are coloured
             assert page.run(CONTRAST) == []

@@ -46,7 +46,7 @@ function showPrompt() {
     $("walk").scrollIntoView({ block: "start" });
     $("step").focus({ preventScroll: true });
   });
-  showDiagnostics(block(`prompt-${state.prompt}`));
+  showDiagnostics(block(`prompt-${state.prompt}`), state.prompt);
   showChain();
 }
 

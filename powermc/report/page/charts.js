@@ -37,6 +37,7 @@ function layout(colours, x, y, more = {}) {
     margin: { l: 56, r: 12, t: 8, b: 44 },
     height: 280,
     hovermode: "closest",
+    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
     showlegend: false,
     legend: { orientation: "h", y: 1.12, x: 0, font: { size: 11, color: colours.muted } },
     xaxis: axis(...x),

@@ -81,7 +81,7 @@ function figureCell(row, name, digits) {
 }
 
 /** Warnings and the table of diagnostics of a prompt. */
-function showDiagnostics(data) {
+function showDiagnostics(data, prompt) {
   fillTable($("diagnostics-table"), {
     head: ["of the draws", ...FIGURES.map(([title]) => title)],
     rows: data.diagnostics.map((row) => [row.name,
@@ -90,6 +90,8 @@ function showDiagnostics(data) {
   const items = [...run.warnings, ...data.warnings].map((text) => make("li", {}, text));
   $("warnings").replaceChildren(...items);
   $("warnings-box").hidden = !items.length;
+  const whose = run.prompts > 1 ? ` of prompt ${prompt}` : "";
+  $("warnings-title").textContent = `Before you use these draws${whose}`;
   fillTable($("chains-table"), {
     head: ["chain", "steps", "accepted", "changed the path", "log p", "tokens", "end"],
     rows: data.chains.map((chain, c) => [`${c}`, whole(chain.steps),
