@@ -108,6 +108,10 @@ class Display:
         """What there is to say now, the most important line first."""
         raise NotImplementedError
 
+    def plain(self) -> list[str]:
+        """The same for where lines stay: what has not changed since need not be said again."""
+        return self.lines()
+
     @property
     def elapsed(self) -> float:
         """Seconds since the beginning."""
@@ -123,7 +127,7 @@ class Display:
         now = time.monotonic()
         if self._live is None and now - self._shown >= PLAIN_INTERVAL:
             self._shown = now
-            self._write(self.lines())
+            self._write(self.plain())
 
     def _write(self, lines: list[str]) -> None:
         """Write plain lines, unless there is a live display that shows them anyway."""
@@ -224,9 +228,11 @@ class Progress(Display):
         return "  ".join(parts)
 
     def lines(self) -> list[str]:
-        if self._live is None:
-            self._best.look()
         return [self.line(), *self._best.lines()]
+
+    def plain(self) -> list[str]:
+        self._best.look()
+        return [*self._best.news(), self.line()]
 
 
 class Best:
@@ -237,6 +243,7 @@ class Best:
         self._log_p: dict[int, float] = {}
         self._new: tuple[int, Path] | None = None
         self._line: str | None = None
+        self._told: str | None = None
         self._looked = -DECODE_INTERVAL
 
     def see(self, path: Path, prompt: int) -> None:
@@ -266,6 +273,11 @@ class Best:
     def lines(self) -> list[str]:
         """One line, or none if nothing whole has been seen."""
         return [] if self._line is None else [self._line]
+
+    def news(self) -> list[str]:
+        """The same, but only once."""
+        old, self._told = self._told, self._line
+        return [] if self._told == old else self.lines()
 
 
 class Parts(Display):

@@ -200,6 +200,17 @@ def test_decoding_is_lazy(now):
     assert len(decoded) == 2  # once per plain line
 
 
+def test_plain_lines_tell_an_answer_once(now):
+    stream = io.StringIO()
+    with Progress(steps=9, decode=texts, stream=stream) as progress:
+        for log_p in (-3.0, -4.0, -2.0):
+            now[0] += 20.0
+            progress.step(REJECTED, path=path((1,), log_p))
+    lines = [re.sub(r" steps.*", "", line) for line in stream.getvalue().splitlines()]
+    best = "powermc: best answer so far, log p -{}.00: w1"
+    assert lines == [best.format(3), "powermc: 1/9", "powermc: 2/9", best.format(2), "powermc: 3/9"]
+
+
 def test_no_tokenizer_no_text(now):
     def decode(tokens):
         raise ArgumentError("the model has no tokenizer")
