@@ -150,6 +150,9 @@ def test_keys(page, report, run):
     assert page.run("document.getElementById('help').open")
     page.press("Escape")
     assert not page.run("document.getElementById('help').open")
+    page.press("?")
+    page.press("Enter")  # the focus is on Close
+    assert not page.run("document.getElementById('help').open")
     assert (
         page.run("location.hash")
         == f"#prompt=0&chain=0&step={page.run('Number(document.getElementById(`step`).value)') + 1}"
