@@ -13,6 +13,7 @@ from powermc._version import __version__
 from powermc.cli.sample import load
 from powermc.cli.show import console, say
 from powermc.errors import ModelError
+from powermc.evaluation import dtypes
 
 if TYPE_CHECKING:
     from powermc.lm import CausalLM
@@ -64,7 +65,22 @@ def run(model: str | None, options: dict[str, Any]) -> int:
         say(out, "\nearly exits", "bold")
         for line in splits(loaded):
             say(out, line, indent=2)
+        del loaded  # one copy of the weights at a time
+        say(out, f"\ndecode step, ms, by dtype and rows ({', '.join(map(str, dtypes.ROWS))})", "bold")
+        for line in steps(model, options):
+            say(out, line, indent=2)
     return 0
+
+
+def steps(name: str, options: dict[str, Any]) -> list[str]:
+    """What a decode step takes in each dtype, and which to use: lines of text."""
+    from powermc.lm import CausalLM
+
+    found = dtypes.compare(lambda dtype: CausalLM.from_pretrained(name, **{**options, "dtype": dtype}), range(1, 33))
+    lines = [
+        f"{s.dtype:<14} " + (s.refused or "  ".join(f"{seconds * 1e3:8.1f}" for seconds in s.seconds)) for s in found
+    ]
+    return [*lines, dtypes.verdict(found)]
 
 
 def splits(model: CausalLM) -> list[str]:
