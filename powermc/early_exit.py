@@ -58,6 +58,11 @@ class Prepared:
     def __post_init__(self) -> None:
         self._before = None if self.ledger is None else self.ledger.copy()
 
+    @property
+    def spent(self) -> Ledger | None:
+        """What a surrogate that is a model of its own has run since; None where there is none."""
+        return None if self.ledger is None or self._before is None else self.ledger.since(self._before)
+
     def check_drift(self) -> None:
         """Warn, once, if the surrogate has drifted from the model."""
         drift = self.drift
@@ -81,8 +86,8 @@ class Prepared:
             return self.facts
         stages = count_stages(infos)
         facts = {**self.facts, "advice": stages.advice()}
-        if self.ledger is not None and self._before is not None:
-            facts["surrogate_cost"] = self.ledger.since(self._before).as_dict()
+        if self.spent is not None:
+            facts["surrogate_cost"] = self.spent.as_dict()
         if self.drift is not None:
             facts |= {"kl": self.drift.kl, "kl_positions": self.drift.seen, "kl_held_out": self.reference}
             if self.screening.proposal != "full":  # which drafts nothing at the exit
@@ -164,7 +169,7 @@ def _asked_for(
             "proposal 'full' draws at full depth before it screens: log p is paid for already, so nothing is saved; "
             "it is there for comparison",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return _prepared(model, screening, lens, {"kernel": "early-exit", "fitted": fitted})
 

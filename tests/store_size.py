@@ -63,7 +63,7 @@ def measure(folder: File, *, draws: int, accepted: float, keep_proposals: bool =
     with Store(file, resume=False) as store:
         store.begin(header, prompts)
         writer = Writer(store, plan, prompts, Decoder(model))
-        writer.start(SimpleNamespace(cost=model.ledger, seconds=0.0))  # type: ignore[arg-type]
+        writer.start(SimpleNamespace(cost=model.ledger, seconds=0.0, prepared=Prepared(None, {})))  # type: ignore[arg-type]
         for c in range(CHAINS):
             current[c] = path((), np.zeros(0))
             writer.grow((0, c), Grown(0, current[c], LENGTH, 0))

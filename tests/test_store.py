@@ -471,6 +471,18 @@ def test_two_writers(file):
     assert seen[0].interrupted
 
 
+def test_two_writers_by_two_names(file, tmp_path):
+    (tmp_path / "link.db").symlink_to(file)
+    with Store(file, resume=False), pytest.raises(StoreError, match="another process is writing it"):
+        power_sample(FakeLM(), "a", **SMALL, store=tmp_path / "link.db", resume=True)
+
+
+def test_a_display_of_a_run_that_is_done(file, capsys):
+    for _ in range(2):
+        power_sample(FakeLM(), "a", **SMALL, store=file, resume=True, progress=True)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_database_held_by_another_program(file, monkeypatch):
     monkeypatch.setattr("powermc.store.file.BUSY", 0.1)
     power_sample(FakeLM(), "a", **SMALL, store=file)

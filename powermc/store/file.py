@@ -39,11 +39,13 @@ CREATE TABLE steps (
 CREATE TABLE chains (
     prompt INTEGER, chain INTEGER, block INTEGER NOT NULL, steps INTEGER NOT NULL, tokens BLOB, log_p BLOB,
     finished INTEGER, text BLOB, error TEXT, PRIMARY KEY (prompt, chain));
-CREATE TABLE totals (one INTEGER PRIMARY KEY CHECK (one = 1), seconds REAL NOT NULL, ledger TEXT NOT NULL);
+CREATE TABLE totals (
+    one INTEGER PRIMARY KEY CHECK (one = 1), seconds REAL NOT NULL, ledger TEXT NOT NULL, surrogate TEXT NOT NULL);
 """
 """header: JSON values by name. growth, steps: one row per event, a path as what it shares with the one before it in
 its chain and the rest (`powermc.store.packing.Delta`), nothing where it stayed; `text` the same way, from the text
-before; `cost` what depends on more than the run. chains: where each chain is now, its whole path. totals: so far."""
+before; `cost` what depends on more than the run. chains: where each chain is now, its whole path. totals: so far, and
+apart what a surrogate that is a model of its own ran."""
 
 
 @contextmanager
@@ -139,7 +141,7 @@ def lock(path: Path) -> Any:
     """The lock of the one who writes. Raises `StoreError` if somebody does. A process that dies gives it back."""
     from filelock import FileLock, Timeout
 
-    held = FileLock(f"{path}.lock", timeout=0)
+    held = FileLock(f"{path.resolve()}.lock", timeout=0)  # whatever links lead to the file
     try:
         held.acquire()
     except Timeout as error:

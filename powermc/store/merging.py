@@ -119,11 +119,12 @@ def _longest(readers: Sequence[Reader], keys: Sequence[Key]) -> tuple[Reader, Ke
 def _add_up(store: Store, readers: Sequence[Reader]) -> None:
     pieces = {token: text for reader in readers for token, text in reader.pieces()}
     totals = [reader.totals() for reader in readers]
-    seconds, ledger = sum(seconds for seconds, _ in totals), reduce(together, (ledger for _, ledger in totals))
+    seconds, *ledgers = zip(*totals, strict=True)
+    sums = (ledger_as_json(reduce(together, ledger)) for ledger in ledgers)
     with store.transaction() as execute:
         for token, text in sorted(pieces.items()):
             execute("INSERT INTO pieces VALUES (?, ?)", (token, text_to_bytes(text)))
-        execute("UPDATE totals SET seconds = ?, ledger = ?", (seconds, ledger_as_json(ledger)))
+        execute("UPDATE totals SET seconds = ?, ledger = ?, surrogate = ?", (sum(seconds), *sums))
 
 
 def _copy(store: Store, to: Key, reader: Reader, key: Key) -> None:

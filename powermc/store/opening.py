@@ -111,7 +111,7 @@ def about(path: str | os.PathLike[str]) -> Facts:
         places = reader.places(prompts)
         chains = header.settings["chains"]
         ended = sum(reader.done(place) or place.error is not None for place in places.values())
-        seconds, ledger = reader.totals()
+        seconds, ledger, _ = reader.totals()
         infos = [info for (info,) in reader.connection.execute("SELECT info FROM steps")]
         size = sum(os.path.getsize(f"{path}{end}") for end in ("", "-wal") if os.path.exists(f"{path}{end}"))
         return Facts(

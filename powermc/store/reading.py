@@ -230,14 +230,14 @@ class Reader:
             made.append(tuple(row))
             proposals.append(tuple(proposed))
         begun = {key for key, place in places.items() if self.done(place) or place.error is not None}
-        seconds, ledger = self.totals()
+        seconds, ledger, surrogate = self.totals()
         return Run(
             model=header.model,
             settings={**header.settings},
             prompts=prompts,
             chains=tuple(made),
             infos=infos,
-            early_exit=self.early_exit(infos),
+            early_exit=self.early_exit(infos, surrogate),
             cost=ledger,
             seconds=seconds,
             resolution=header.resolution,
@@ -257,21 +257,21 @@ class Reader:
             for name, values in _costs(self.layout, story.costs).items():
                 infos[name][chain, :n] = values
 
-    def early_exit(self, infos: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
+    def early_exit(self, infos: Sequence[dict[str, np.ndarray]], surrogate: Ledger) -> dict[str, Any]:
         """`Run.early_exit`: as the run ended, or as far as it is known of one that was killed."""
-        if self.header.result is not None:
-            return dict(self.header.result)
-        facts = dict(self.header.early_exit)
-        return facts | {"advice": count_stages(infos).advice()} if facts.get("kernel") == "early-exit" else facts
+        facts = dict(self.header.early_exit if self.header.result is None else self.header.result)
+        if facts.get("kernel") == "early-exit":
+            facts["advice"] = count_stages(infos).advice()
+        return facts | {"surrogate_cost": surrogate.as_dict()} if surrogate.spans else facts
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         for token, text in self.connection.execute("SELECT token, text FROM pieces ORDER BY token"):
             yield token, text_from_bytes(text)
 
-    def totals(self) -> tuple[float, Ledger]:
-        """Seconds and ledger so far."""
-        seconds, ledger = self.connection.execute("SELECT seconds, ledger FROM totals").fetchone()
-        return seconds, ledger_from_json(ledger)
+    def totals(self) -> tuple[float, Ledger, Ledger]:
+        """Seconds so far, and the ledgers of the model and of a surrogate that is another one."""
+        seconds, *ledgers = self.connection.execute("SELECT seconds, ledger, surrogate FROM totals").fetchone()
+        return (seconds, *map(ledger_from_json, ledgers))  # type: ignore[return-value]
 
     def digest(self) -> str:
         """A hash of what the run drew: prompts, every event, where each chain is; not of times, costs or versions."""

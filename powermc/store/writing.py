@@ -108,20 +108,21 @@ class Store:
 
     def begin(self, header: Header, prompts: Sequence[Prompt]) -> None:
         """Write the header of a new run."""
-        self.header = replace(header, writer=this_process())
+        header = replace(header, writer=this_process())
         with self.transaction() as execute:
             for statement in SCHEMA.split(";"):
                 execute(statement)
             execute(f"PRAGMA application_id = {APPLICATION}")
             execute(f"PRAGMA user_version = {FORMAT}")
-            for row in self.header.rows():
+            for row in header.rows():
                 execute("INSERT INTO header VALUES (?, ?)", row)
             for p, prompt in enumerate(prompts):
                 ids = np.array(prompt.ids, dtype="<i8").tobytes()
                 execute(
                     "INSERT INTO prompts VALUES (?, ?, ?, ?)", (p, str(prompt.key), ids, text_to_bytes(prompt.text))
                 )
-            execute("INSERT INTO totals VALUES (1, 0.0, ?)", (ledger_as_json(Ledger()),))
+            execute("INSERT INTO totals VALUES (1, 0.0, ?, ?)", (ledger_as_json(Ledger()),) * 2)
+        self.header = header
 
     def update(self, header: Header) -> None:
         """Write a changed header."""
@@ -161,7 +162,7 @@ class Writer:
         self._current: dict[Key, tuple[Tokens, str | None]] = {}
         with explained(store.path):
             reader = store.reader
-            self._seconds, self._ledger = reader.totals()
+            self._seconds, *self._ledgers = reader.totals()
             self._places = reader.places(prompts)
             self._done = {key for key, place in self._places.items() if reader.done(place)}
             self._pieces = {token for token, _ in reader.pieces()}
@@ -245,7 +246,9 @@ class Writer:
             run = self.store.reader.run()
         result = recorder.prepared.result(recorder.model, run.infos, run.prompts, run.cost)
         self.store.update(replace(self.header, result=result))
-        return replace(run, early_exit=self.store.reader.early_exit(run.infos))
+        with explained(self.store.path):
+            reader = self.store.reader
+            return replace(run, early_exit=reader.early_exit(run.infos, reader.totals()[2]))
 
     def _number(self, key: Key) -> Key:
         """The numbers of prompt and chain in the file."""
@@ -269,8 +272,10 @@ class Writer:
     def _count(self, execute: Execute) -> None:
         """Times and costs so far, with every event."""
         if self._recorder is not None:
-            spent = ledger_as_json(together(self._ledger, self._recorder.cost))
-            execute("UPDATE totals SET seconds = ?, ledger = ?", (self._seconds + self._recorder.seconds, spent))
+            session = (self._recorder.cost, self._recorder.prepared.spent or Ledger())
+            spent = (ledger_as_json(together(a, b)) for a, b in zip(self._ledgers, session, strict=True))
+            row = (self._seconds + self._recorder.seconds, *spent)
+            execute("UPDATE totals SET seconds = ?, ledger = ?, surrogate = ?", row)
 
     def _proposed(self, info: Mapping[str, Any], proposed: Tokens | None, path: Path, stored: Tokens) -> Any:
         """Proposed tokens as bytes; their number, where they are those of the path that is written, after the cut."""

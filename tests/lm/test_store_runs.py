@@ -116,8 +116,12 @@ def test_another_model_as_the_surrogate(tmp_path):
     power_sample(model, prompts(), **OPTIONS, exit=small, store=tmp_path / "run", callbacks=stopping(7))
     with pytest.raises(ArgumentError, match="the run was screened by"):
         power_sample(model, prompts(), **OPTIONS, exit=other, store=tmp_path / "run", resume=True)
-    power_sample(model, prompts(), **OPTIONS, exit=small, store=tmp_path / "run", resume=True)
+    before = load(tmp_path / "run").early_exit["surrogate_cost"]["decoded"]
+    seen = small.ledger.copy()
+    run = power_sample(model, prompts(), **OPTIONS, exit=small, store=tmp_path / "run", resume=True)
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    assert run.early_exit["surrogate_cost"]["decoded"] == before + small.ledger.since(seen).decoded
+    assert load(tmp_path / "run").early_exit == run.early_exit
 
 
 def test_other_weights_are_refused(tmp_path):
