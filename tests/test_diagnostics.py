@@ -351,6 +351,16 @@ def test_the_bounds_hold_on_a_real_chain():
     assert low == found.accepted + 2 * found.lower < high
 
 
+def test_rounded_ratios_give_the_same_bounds(screened):
+    """As a store keeps them: two stages' ratios are told apart all the same."""
+    numbers = ("log_ratio", "log_surrogate", "log_target")
+    stored = [{**info, **{name: info[name].round(4) for name in numbers}} for info in screened.infos]
+    again, found = false_rejections(replace(screened, infos=tuple(stored))), false_rejections(screened)
+    assert 0 < found.known < found.passed
+    assert again.known == found.known
+    assert (again.lower, again.upper) == pytest.approx((found.lower, found.upper), abs=1e-4)
+
+
 def test_false_rejections_of_a_run(plain, screened):
     assert false_rejections(plain) is None
     found = false_rejections(screened)

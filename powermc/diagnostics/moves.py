@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from powermc.results import Run
 
 
+_SAME = 1e-3
+"""Nats: ratios closer than this are taken for one. A store rounds them; one too many unknown only widens the bounds."""
+
+
 @dataclass(frozen=True)
 class Funnel:
     """Counts of steps, from all that were taken to those that changed the path.
@@ -208,13 +212,15 @@ def estimate_false_rejections(tables: Sequence[Mapping[str, np.ndarray]]) -> Fal
     low, high = [], []  # sums per chain
     for table in tables:
         passed = table["screened"] & table["stage1_accepted"]
-        log_a2 = table["log_target"] - table["log_surrogate"]
-        seen = passed & (table["log_ratio"] != log_a2)  # else the ratio on record is that of stage 2
-        with np.errstate(over="ignore", invalid="ignore"):
-            most = np.where(passed & (log_a2 < 0), -np.expm1(np.minimum(log_a2, 0)), 0.0)
+        log_ratio = table["log_ratio"]
+        with np.errstate(over="ignore", invalid="ignore"):  # where a density is 0, and in steps that do not count
+            log_a2 = table["log_target"] - table["log_surrogate"]
+            # Else the ratio on record is that of stage 2.
+            seen = passed & np.isfinite(log_ratio) & ~(np.abs(log_ratio - log_a2) <= _SAME)
             a2 = np.exp(np.minimum(log_a2, 0))
-            reached = np.exp(np.minimum(table["log_ratio"] + log_a2, 0)) - a2
-        exact = np.where(seen & (log_a2 < 0) & (table["log_ratio"] > 0), reached, 0.0)
+            reached = np.exp(np.minimum(log_ratio + log_a2, 0)) - a2
+        most = np.where(passed & (log_a2 < 0), 1 - a2, 0.0)
+        exact = np.where(seen & (log_a2 < 0) & (log_ratio > 0), reached, 0.0)
         n += table["screened"].sum(1).tolist()
         low += exact.sum(1).tolist()
         high += np.where(seen, exact, most).sum(1).tolist()
