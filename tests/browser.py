@@ -25,6 +25,14 @@ _FLAGS = (
 _KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Escape": 27, "Tab": 9, "Enter": 13}
 
 
+class Ended(Exception):
+    """The browser is gone."""
+
+
+class NotStarted(Exception):
+    """There is a browser that cannot be used, such as a wrapper for one that is not installed."""
+
+
 class Page:
     """A page in the browser: what it logged, what it asked the network for, and what can be done with it."""
 
@@ -33,7 +41,10 @@ class Page:
         self._session: str | None = None
         self._number, self._buffer = 0, b""
         self.events: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        try:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        except (BrokenPipeError, Ended) as error:
+            raise NotStarted(f"{COMMAND} does not start here: it ended with {process.wait(10)}") from error
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
@@ -55,7 +66,8 @@ class Page:
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             chunk = os.read(self._receive, 1 << 20)
-            assert chunk, f"chromium ended with {self._process.wait(10)}"
+            if not chunk:
+                raise Ended(f"chromium ended with {self._process.wait(10)}")
             self._buffer += chunk
         text, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(text)
@@ -133,7 +145,7 @@ class Page:
 
 @contextmanager
 def chromium() -> Iterator[Page]:
-    """A browser with one page; ended, and its profile removed, with the block."""
+    """A browser with one page; ended, and its profile removed, with the block. Raises `NotStarted`."""
     assert COMMAND is not None, MISSING
     (child_in, send), (receive, child_out) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:

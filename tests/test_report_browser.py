@@ -18,9 +18,12 @@ pytestmark = pytest.mark.skipif(browser.COMMAND is None, reason=browser.MISSING)
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    with browser.chromium() as page:
-        page.size(1280, 900)
-        yield page
+    try:
+        with browser.chromium() as page:
+            page.size(1280, 900)
+            yield page
+    except browser.NotStarted as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
