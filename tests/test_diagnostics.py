@@ -111,7 +111,7 @@ def test_chains_of_different_lengths(plain):
     said = [(g.kind, g.chain, g.message) for g in kept.guards if g.kind != "stuck"]
     assert said[0][:2] == ("no-draws", 3)
     assert said[1:] == [
-        ("unequal", 2, "5 draws where another chain has 24"),
+        ("unequal", 2, "it has 5 of another chain's 24 draws"),
         ("unequal", None, "chains have 20 to 24 draws"),
     ]
     assert "few-chains" in kinds(run.diagnostics().guards)

@@ -136,7 +136,7 @@ def kept_draws(run: Run, prompt: int) -> Kept:
             counts[c] = len(chain.draws)
     longest = max(counts.values(), default=0)
     for c in [c for c, n in counts.items() if 2 * n < longest]:
-        why = f"{counts.pop(c)} draws where another chain has {longest}"
+        why = f"it has {counts.pop(c)} of another chain's {longest} draws"
         guards.append(Guard("unequal", why, "it is left out of all figures; let the run finish", prompt, c))
     draws = min(counts.values(), default=0)
     if draws < longest:
