@@ -107,7 +107,8 @@ def needed(lm: CausalLM, prompts: list[Prompt] = PROMPTS, **changes: Any) -> mem
     """What `power_sample` computes for `RUN`."""
     run = {**RUN, **changes}
     shape, lengths = memory.shape_of(lm.decoder), memory.lengths(prompts)
-    return memory.Need(shape, lengths, run["max_new_tokens"], run["chains"] * len(prompts), run["steps"])
+    kept = run["steps"] * -(-run["max_new_tokens"] // run["block_size"])  # the path after every step
+    return memory.Need(shape, lengths, run["max_new_tokens"], run["chains"] * len(prompts), kept)
 
 
 def test_the_counter_counts() -> None:
@@ -176,7 +177,7 @@ def test_rows_come_back_for_a_shorter_run(monkeypatch: pytest.MonkeyPatch) -> No
     resident_is(monkeypatch, 10**9)
     lm = CausalLM(tiny_model("llama"), max_rows=8)
     lm.memory = budget_for(lm, 2, 10**9)
-    assert lm.fit(PROMPTS, 12, chains=3, draws=2).rows == 2 == lm.max_rows
+    assert lm.fit(PROMPTS, 12, chains=3, draws=4).rows == 2 == lm.max_rows
     short = lm.fit(PROMPTS[:1], 2, chains=3)
     assert (short.rows, short.binds, short.note) == (3, False, None)
     assert lm.max_rows == 8, "as asked for"
@@ -196,7 +197,7 @@ def test_less_than_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(caught.value)
     assert not lm.ledger.since(before).spans, "nothing was run"
     lm.memory += 1
-    assert lm.fit(PROMPTS, 12, chains=3, draws=2).rows == 1
+    assert lm.fit(PROMPTS, 12, chains=3, draws=4).rows == 1
 
 
 def test_the_machine_bounds_rows_where_no_budget_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,9 +219,9 @@ def test_what_rows_leave_is_the_pool_s(monkeypatch: pytest.MonkeyPatch) -> None:
     resident_is(monkeypatch, 10**9)
     lm = CausalLM(tiny_model("llama"))
     lm.memory = budget_for(lm, 12, 10**9)
-    assert lm.fit(PROMPTS, 12, chains=3, draws=2).pool == lm.engine.pool.budget == 0
+    assert lm.fit(PROMPTS, 12, chains=3, draws=4).pool == lm.engine.pool.budget == 0
     lm.memory += 10**6
-    found = lm.fit(PROMPTS, 12, chains=3, draws=2)
+    found = lm.fit(PROMPTS, 12, chains=3, draws=4)
     assert 0.8e6 < found.pool == lm.engine.pool.budget
     assert found.resident + found.need + found.pool <= found.limit == lm.memory
 
