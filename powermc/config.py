@@ -32,6 +32,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if _is_number(value) else _WRONG
+    except OverflowError:  # a whole number of more than 300 digits
+        return _WRONG
+
+
 def _texts(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else _WRONG
@@ -51,7 +58,7 @@ def _commas(value: Any) -> Any:
 TEXT = Kind("a string", lambda value: value if isinstance(value, str) else _WRONG)
 FILE = Kind("the name of a file, a string", lambda value: Path(value) if isinstance(value, str) and value else _WRONG)
 INTEGER = Kind("a whole number", lambda value: value if isinstance(value, int) and _is_number(value) else _WRONG)
-NUMBER = Kind("a number", lambda value: float(value) if _is_number(value) else _WRONG)
+NUMBER = Kind("a number", _number)
 SWITCH = Kind("true or false", lambda value: value if isinstance(value, bool) else _WRONG)
 TEXTS = Kind("a string or a list of strings", _texts)
 FILES = Kind("the name of a file or a list of them", lambda value: _files(_texts(value)))
@@ -88,7 +95,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise ArgumentError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ArgumentError(f"cannot read {path}: it is not UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ArgumentError(f"{path} is not TOML: {error}") from error
 
 

@@ -19,7 +19,9 @@ from powermc import config
 from powermc.cli import app, main
 from powermc.cli.command import COMMANDS as REGISTERED
 from powermc.cli.command import kinds, options_of
+from powermc.cli.sampling import Sample
 from powermc.errors import ArgumentError
+from powermc.settings import Settings
 from powermc.visible import visible
 from tests.fake_lm import FakeLM
 
@@ -114,10 +116,13 @@ BAD = [
     ("alpha 3", " is not TOML: "),
     ("alpha = 3\nalpha = 4", " is not TOML: "),
     (b"\xff", ": it is not UTF-8"),
+    ("alpha = " + "[" * 20_000, " is not TOML: "),
+    ("alpha = 1" + "0" * 400, ":alpha: must be a number, got 1000"),
+    ("[[sample]]\nalpha = 1", ":sample: no option of 'powermc sample'"),
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), BAD, ids=[str(text) for text, _ in BAD])
+@pytest.mark.parametrize(("text", "message"), BAD, ids=[str(text)[:30] for text, _ in BAD])
 def test_bad_files_name_the_file_and_the_key(read, tmp_path, text, message):
     with pytest.raises(ArgumentError) as caught:
         read(text)
@@ -331,6 +336,51 @@ def test_the_settings_of_a_run_repeat_it(cli, tmp_path):
     assert drawn(out) == run.texts
     name, options = cli.loader.calls[0]
     assert (name, options["dtype"]) == ("m", "float64")
+
+
+POSITIVE = st.floats(0.01, 100)
+SHARES = st.floats(0.05, 0.95)
+SETTINGS = {
+    "alpha": st.floats(0, 100),
+    "temperature": POSITIVE,
+    "max_new_tokens": st.integers(1, 10**6),
+    "block_size": st.integers(1, 10**6),
+    "steps": st.integers(0, 10**6),
+    "draws": st.integers(0, 10**6),
+    "chains": st.integers(1, 10**6),
+    "scope": st.sampled_from(["sequence", "block"]),
+    "cut": st.sampled_from(["length", "horizon", "entropy"]),
+    "seed": st.integers(0, 2**63 - 1),
+    "stop": st.lists(TEXT.filter(bool)),
+    "early_rejection": st.booleans(),
+    "chat": st.booleans(),
+}
+SCREENED = {
+    "layer": st.integers(1, 99),
+    "proposal": st.sampled_from(["exit", "substitution", "full"]),
+    "screen": st.floats(0, 10),
+    "exit_temperature": POSITIVE,
+    "plain": SHARES,
+    "eta": POSITIVE,
+    "delta": SHARES,
+    "aggregate": st.sampled_from(["max", "mean"]),
+}
+
+
+@given(
+    st.fixed_dictionaries({}, optional=SETTINGS),
+    st.just({}) | st.fixed_dictionaries({"kernel": st.just("early-exit")}, optional=SCREENED),
+    st.lists(TEXT, max_size=2),
+)
+def test_any_settings_come_back_from_their_text(tmp_path_factory, plain, screened, prompts):
+    settings = Settings(**plain, **screened)
+    file = tmp_path_factory.getbasetemp() / "settings.toml"
+    file.write_text(config.from_settings(settings.as_dict(), "m", prompts=prompts), encoding="utf-8", newline="\n")
+    found = parsed("sample", "--config", file)
+    chosen = Sample(**{name: value for name, value in found.items() if name in kinds(Sample)})
+    assert Settings(**chosen.given).as_dict() == settings.as_dict()
+    assert list(chosen.prompt or []) == prompts
+    assert chosen.model == "m"
 
 
 def test_every_argument_of_the_api_is_an_option():

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -107,6 +108,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=missing if default is MISSING else default, annotation=annotation)
 
 
+@cache
 def options_of(command: type[Command]) -> dict[str, tuple[Any, Any]]:
     """(annotation, default) of every option, a command's own before those of its bases."""
     hints = get_type_hints(command, include_extras=True)
@@ -125,6 +127,7 @@ _KINDS = {
 }
 
 
+@cache
 def kinds(command: type[Command]) -> config.Options:
     """What a configuration file may hold for a command."""
     return {name: _kind(annotation) for name, (annotation, _) in options_of(command).items()}
