@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from powermc.errors import ChainError
 from powermc.report import write
 from tests import browser
 from tests.browser import Page
@@ -122,6 +124,26 @@ def test_every_step_shows_the_paths_of_the_run(page, report, run):
         assert any(fact.startswith("stage 1: log ratio") for fact in facts) == bool(first)
         page.press("ArrowRight")
     assert step_name(page).startswith("step 40")  # the last step is the end
+    assert page.complaints == []
+
+
+def test_charts_follow_the_prompt(page, tmp_path):
+    """A chart that one prompt has nothing for is back with the next, and shows that one's chains."""
+    run = made_up(prompts=2, chains=2, steps=40)
+    lonely = replace(run.chains[0][1], error=ChainError("logits are NaN"))
+    write(replace(run, chains=((run.chains[0][0], lonely), run.chains[1])), tmp_path / "run.html")
+    page.open(tmp_path / "run.html")
+    ranks = "document.querySelector('[data-chart=ranks]')"
+    assert page.run(f"{ranks}.closest('figure').hidden")  # of one chain there are none
+    page.press("n")
+    assert not page.run(f"{ranks}.closest('figure').hidden")
+    scroll_through(page)
+    trace = "document.querySelector('[data-chart=trace]')"
+    shown = f"{trace}.data.find((line) => line.meta === 0).y"
+    assert page.run(shown) == pytest.approx(run.infos[1]["log_p"][0], abs=1e-3)
+    page.run(f"{trace}.scrollIntoView()")
+    page.press("p")
+    page.wait(f"Math.abs({shown}[0] - {run.infos[0]['log_p'][0, 0]}) < 1e-3")
     assert page.complaints == []
 
 

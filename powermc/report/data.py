@@ -100,8 +100,8 @@ def _prompt(run: Run, p: int) -> dict[str, Any]:
         "spent": _rows(series.spent(run, p), run, p),
         "ranks": _ranks(run, p),
         "cuts": {
-            "labels": [_range(cut.first + 1, cut.last) for cut in bins],
-            **{name: [getattr(cut, name) for cut in bins] for name in ("proposed", "accepted", "changed")},
+            "first": [cut.first + 1 for cut in bins],
+            **{name: [getattr(cut, name) for cut in bins] for name in ("last", "proposed", "accepted", "changed")},
         }
         if bins
         else None,
@@ -109,10 +109,6 @@ def _prompt(run: Run, p: int) -> dict[str, Any]:
         "diagnostics": [_figures_of(row) for row in found],
         "warnings": [visible(text) for text in sentences(replace(guard, prompt=None) for guard in guards)],
     }
-
-
-def _range(first: int, last: int) -> str:
-    return f"{first}\u2013{last}" if last > first else f"{first}"
 
 
 def _figures_of(row: Convergence) -> dict[str, Any]:

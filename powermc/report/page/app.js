@@ -47,13 +47,14 @@ function showPrompt() {
     $("step").focus({ preventScroll: true });
   });
   showDiagnostics(block(`prompt-${state.prompt}`), state.prompt);
+  charts.update();
   showChain();
 }
 
 function showChain() {
   $("chain-menu").value = state.chain;
   showWalk();
-  charts.update();
+  charts.update(true);
 }
 
 function setPrompt(prompt) {

@@ -93,17 +93,20 @@ const CHARTS = {
   },
 
   cuts(data, state, colours) {
-    const { labels, proposed, accepted, changed } = data.cuts;
+    const { first, last, proposed, accepted, changed } = data.cuts;
     const bar = (name, counts, color) => ({
-      type: "bar", name, x: labels, y: counts.map((n, i) => (proposed[i] ? n / proposed[i] : null)),
-      marker: { color }, customdata: counts.map((n, i) => [n, proposed[i]]),
-      hovertemplate: `cut %{x}<br>${name} %{customdata[0]:,} of %{customdata[1]:,}<extra></extra>`,
+      type: "bar", name, x: first.map((_, i) => (first[i] + last[i]) / 2),
+      width: first.map((_, i) => 0.88 * (last[i] - first[i] + 1)), y: counts.map((n, i) => (proposed[i] ? n / proposed[i] : null)),
+      marker: { color }, 
+      customdata: counts.map((n, i) => [n, proposed[i], first[i], last[i]]),
+      hovertemplate: "cut before token %{customdata[2]} to %{customdata[3]}"
+        + `<br>${name} %{customdata[0]:,} of %{customdata[1]:,}<extra></extra>`,
     });
     return [[bar("accepted", accepted, tint(colours.accent, 0.35)),
       bar("changed the path", changed, colours.accent)],
-      layout(colours, ["cut before token", colours, { type: "category", showgrid: false }],
+      layout(colours, ["cut before token", colours, { showgrid: false }],
         ["share of proposals", colours, { tickformat: ".0%", rangemode: "tozero" }],
-        { barmode: "overlay", bargap: 0.15, showlegend: true })];
+        { barmode: "overlay", showlegend: true })];
   },
 
   funnel(data, state, colours) {
@@ -141,7 +144,15 @@ class Charts {
     this.jump = jump;
     this.near = new Set();
     this.observer = new IntersectionObserver((entries) => this.seen(entries), { rootMargin: "300px" });
-    for (const element of document.querySelectorAll("[data-chart]")) this.observer.observe(element);
+    this.all = [...document.querySelectorAll("[data-chart]")];
+    this.markedOnly = true;
+    for (const element of this.all) this.observer.observe(element);
+  }
+
+  /** What the chart of this element shows; null where the prompt has nothing for it. */
+  data(element) {
+    const data = block(`prompt-${this.state.prompt}`);
+    return element.dataset.chart === "cost" || data[SOURCE[element.dataset.chart]] ? data : null;
   }
 
   seen(entries) {
@@ -153,16 +164,22 @@ class Charts {
     }
   }
 
-  /** Draw all that are in view again. */
-  update() {
-    for (const element of this.near) this.draw(element);
+  /** Draw what is in view again: all of it, or what a chain is marked in; soon, as the text comes first. */
+  update(chainOnly = false) {
+    this.markedOnly &&= chainOnly;
+    for (const element of this.all) element.closest("figure").hidden = !this.data(element); // seen when it is back
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => {
+      const chosen = [...this.near].filter((element) => !this.markedOnly || MARKED.has(element.dataset.chart));
+      this.markedOnly = true;
+      for (const element of chosen) this.draw(element);
+    }, 80);
   }
 
   draw(element) {
-    const data = block(`prompt-${this.state.prompt}`);
+    const data = this.data(element);
     const name = element.dataset.chart;
-    element.closest("figure").hidden = name !== "cost" && !data[SOURCE[name]];
-    if (element.closest("figure").hidden) return;
+    if (!data) return;
     const [traces, shape] = CHARTS[name](data, this.state, palette());
     plotly().react(element, traces, shape, { displayModeBar: false, responsive: true, scrollZoom: false });
     if (!element.dataset.wired) {
@@ -172,4 +189,5 @@ class Charts {
   }
 }
 
+const MARKED = new Set(["trace", "spent", "ranks"]); // with the chain that is looked at in colour
 const SOURCE = { trace: "log_p", spent: "spent", ranks: "ranks", cuts: "cuts", funnel: "funnel" };
