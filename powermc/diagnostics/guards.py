@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,23 +99,34 @@ class Kept:
 
     def values(self, functional: Callable[[Path], Any], name: str) -> np.ndarray:
         """Shape (chain, draw), float64: a functional of the path. Raises `ArgumentError` if it gives no number."""
-        return self._values(functional, name, self.paths)
+        distinct, codes = self._distinct
+        return np.array([as_number(functional(path), name) for path, _ in distinct])[codes]
 
     def text_values(self, functional: Callable[[str], Any], name: str) -> np.ndarray:
         """The same of a functional of the text. Raises `ArgumentError` for a model without a tokenizer."""
-        if any(text is None for texts in self.texts for text in texts):
-            raise ArgumentError(f"{name} is a functional of the text, and the model has no tokenizer")
-        return self._values(functional, name, self.texts)
+        distinct, codes = self._distinct
+        found = []
+        for _, text in distinct:
+            if text is None:
+                raise ArgumentError(f"{name} is a functional of the text, and the model has no tokenizer")
+            found.append(as_number(functional(text), name))
+        return np.array(found)[codes]
 
-    def _values(self, functional: Callable[[Any], Any], name: str, things: Sequence[Sequence[Any]]) -> np.ndarray:
-        known: dict[Any, float] = {}  # a chain that stays gives the same value again
-        out = np.zeros((len(self.chains), self.draws))
-        for c, row in enumerate(things):
-            for i, thing in enumerate(row):
-                if thing not in known:
-                    known[thing] = as_number(functional(thing), name)
-                out[c, i] = known[thing]
-        return out
+    @cached_property
+    def _distinct(self) -> tuple[list[tuple[Path, str | None]], np.ndarray]:
+        """Each path once, with its text, and which of them every draw is: a chain that stays is asked about once."""
+        seen: dict[Path, int] = {}
+        distinct: list[tuple[Path, str | None]] = []
+        codes = np.zeros((len(self.chains), self.draws), dtype=np.int64)
+        for c, (paths, texts) in enumerate(zip(self.paths, self.texts, strict=True)):
+            last, code = None, 0
+            for i, path in enumerate(paths):
+                if path is not last:
+                    last, code = path, seen.setdefault(path, len(distinct))
+                    if code == len(distinct):
+                        distinct.append((path, texts[i]))
+                codes[c, i] = code
+        return distinct, codes
 
 
 def kept_draws(run: Run, prompt: int) -> Kept:
