@@ -12,7 +12,6 @@ model's plain forward before it uses either.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,8 @@ class Compiled:
         self._blocks, self._rows = blocks, rows
         self._modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._parts: list[list[Any]] = []
-        self._watched: list[nn.Module] = []
+        self._slots: list[tuple[dict[str, Any], str]] = []
+        self._watched: list[dict[str, Any]] = []
         self._fits = False
 
     def usable(self, cache: Any) -> bool:
@@ -67,14 +67,16 @@ class Compiled:
             self._learn()
         if not self._fits or any(_GLOBAL_HOOKS):
             return False
-        return all(
-            not (m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__) for m in self._watched
-        ) and all(p.dtype is torch.float32 and p.device.type == "cpu" for p in self._tensors() if p is not None)
+        for own in self._watched:
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+                return False
+        return all(p is None or (p.dtype is torch.float32 and p.is_cpu) for p in self._tensors())
 
     def _learn(self) -> None:
         """Look at the blocks anew: some module has been replaced."""
-        self._watched = list(self._blocks.modules())
-        self._modules = [(m._modules, dict(m._modules)) for m in self._watched if m._modules]
+        modules = list(self._blocks.modules())
+        self._watched = [m.__dict__ for m in modules]
+        self._modules = [(m._modules, dict(m._modules)) for m in modules if m._modules]
         parts = [_parts(block) for block in self._blocks]
         self._parts = [part for part in parts if part is not None]
         shapes = {tuple(None if m is None else tuple(m.weight.shape) for m in part) for part in self._parts}
@@ -92,18 +94,20 @@ class Compiled:
             self._heads, self._groups = q.out_features // self._dim, keys.shape[2]
             self._width, self._middle = q.in_features, gate.out_features
             norms = self._parts[0][:4]
+            none: dict[str, Any] = {}
+            self._slots = [
+                (none if m is None else m._parameters, name)
+                for part in self._parts
+                for m, names in zip(part, [["weight"]] * 4 + [["weight", "bias"]] * 7, strict=True)
+                for name in names
+            ]
             self._numbers = np.array(
                 [_epsilon(norms[0]), _epsilon(norms[2]) if norms[2] is not None else 0.0, attention.scaling], np.float32
             )
 
-    def _tensors(self) -> Iterator[torch.Tensor | None]:
+    def _tensors(self) -> list[torch.Tensor | None]:
         """Per block: four norms, then seven matrices, each followed by its bias."""
-        for part in self._parts:
-            for module in part[:4]:
-                yield None if module is None else module._parameters["weight"]
-            for module in part[4:]:
-                yield module._parameters["weight"]
-                yield module._parameters["bias"]
+        return [own[name] if own else None for own, name in self._slots]
 
     def __call__(
         self, first: int, last: int, states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: SlotCache
@@ -123,11 +127,8 @@ class Compiled:
         cos, sin = (a.expand(*real.shape, -1)[real].float().contiguous() for a in angles)
         sizes = 2 * (self._heads + self._groups) * self._dim + self._middle
         scratch = given.new_empty(sizes * lanes)
-        weights = np.fromiter(
-            (0 if t is None else t.data_ptr() for t in self._tensors()),
-            np.int64,
-            len(self._blocks) * compiled.PER_LAYER,
-        ).reshape(-1, compiled.PER_LAYER)[first:last]
+        addresses = [0 if t is None else t.data_ptr() for t in self._tensors()]
+        weights = np.array(addresses, np.int64).reshape(-1, compiled.PER_LAYER)[first:last]
         counters = np.zeros((last - first, compiled.PHASES), np.int64)
         job = np.zeros(compiled.JOB, np.int64)
         job[:8] = lanes, self._width, self._heads, self._groups, self._dim, self._middle, last - first, n

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numba import cfunc, njit, types
 
-from powermc.lm.softmax_numba import _exp
 from powermc.lm.tiles import TILE, carray, claim, floats, integers, multiply, wait
 
 # Positions of a job, all int64. Addresses but for the numbers in the first line.
@@ -29,6 +28,15 @@ PER_LAYER = 18
 (EPS, EPS_QK, SCALING) = range(3)
 PHASES = 6
 
+_LOWEST = np.float32(-87.0)  # exp of less is no normal float32
+_LOG2_E = np.float32(1 / math.log(2))
+_LN2_HIGH = np.float32(math.floor(math.ldexp(math.log(2), 9)) / 2**9)  # short, so that k times it is exact
+_LN2_LOW = np.float32(math.log(2) - float(_LN2_HIGH))
+_ROUND = np.float32(1.5 * 2**23)  # adding it leaves the nearest integer in the lowest bits
+_TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(7, -1, -1))
+
+# Sums may be reordered where it says so; nothing assumes that numbers are finite.
+_contracted = njit(cache=True, nogil=True, forceinline=True, fastmath={"contract"})
 _inner = njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
 
 
@@ -67,27 +75,61 @@ def _turned(column, norm, eps, cos, sin, out):  # pragma: no cover - compiled
         out[d + half] = column[d + half] * cos[d + half] + column[d] * sin[d + half]
 
 
+@_contracted
+def _exp(x):  # pragma: no cover - compiled
+    """exp(x) in float32 for x <= 0, within 2e-7 of itself; 0 below e^-87; NaN for NaN.
+
+    2^k times a polynomial on |r| <= log(2)/2, arithmetic only, so that a loop over it becomes vector code.
+    """
+    y = _LOWEST if x < _LOWEST else x
+    shifted = y * _LOG2_E + _ROUND
+    k = shifted - _ROUND
+    r = y - k * _LN2_HIGH - k * _LN2_LOW
+    s = _TAYLOR[0]
+    for c in _TAYLOR[1:]:
+        s = s * r + c
+    power = np.int32((np.float32(shifted).view(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(0.0) if x < _LOWEST else s * power
+
+
 @_inner
 def _attend(query, keys, values, scaling, weights, out):  # pragma: no cover - compiled
-    """softmax(scaling query keys^T) values for one query; `weights` is scratch."""
+    """softmax(scaling query keys^T) values for one query; `weights` is scratch. Four positions are read at once."""
     n, dim = keys.shape
-    peak = np.float32(-np.inf)
-    for t in range(n):
-        score = np.float32(0.0)
+    fours = n - n % 4
+    for t in range(0, fours, 4):
+        a, b, c, e = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
         for d in range(dim):
-            score += query[d] * keys[t, d]
-        weights[t] = score * scaling
-        peak = max(peak, weights[t])
+            q = query[d]
+            a += q * keys[t, d]
+            b += q * keys[t + 1, d]
+            c += q * keys[t + 2, d]
+            e += q * keys[t + 3, d]
+        weights[t], weights[t + 1], weights[t + 2], weights[t + 3] = a, b, c, e
+    for t in range(fours, n):
+        a = np.float32(0.0)
+        for d in range(dim):
+            a += query[d] * keys[t, d]
+        weights[t] = a
+    peak = weights[0]
+    for t in range(1, n):
+        peak = weights[t] if weights[t] > peak else peak
+    for t in range(n):
+        weights[t] = _exp((weights[t] - peak) * scaling)
     total = np.float32(0.0)
     for t in range(n):
-        weights[t] = np.float32(_exp(np.float64(weights[t] - peak)))
         total += weights[t]
     for d in range(dim):
         out[d] = 0.0
-    for t in range(n):
-        w = weights[t] / total
+    for t in range(0, fours, 4):
+        a, b, c, e = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
         for d in range(dim):
-            out[d] += w * values[t, d]
+            out[d] += a * values[t, d] + b * values[t + 1, d] + c * values[t + 2, d] + e * values[t + 3, d]
+    for t in range(fours, n):
+        for d in range(dim):
+            out[d] += weights[t] * values[t, d]
+    for d in range(dim):
+        out[d] /= total
 
 
 @_inner
@@ -127,10 +169,10 @@ def _gated(lanes, table, width, middle, x, out, counter, chunk, sums, ups):  # p
             _rows(lanes, table[UP], table[UP + 1], width, at, x, ups)
             for m in range(TILE):
                 for lane in range(lanes):
-                    g = np.float64(sums[m, lane])
+                    g = sums[m, lane]
                     e = _exp(-abs(g))
-                    share = 1.0 / (1.0 + e) if g >= 0 else e / (1.0 + e)
-                    out[at + m, lane] = np.float32(g * share) * ups[m, lane]
+                    share = (np.float32(1.0) if g >= 0 else e) / (np.float32(1.0) + e)
+                    out[at + m, lane] = g * share * ups[m, lane]
 
 
 @_inner

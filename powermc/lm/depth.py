@@ -76,8 +76,9 @@ class Gated:
 
     def __call__(self, span: Span, **inputs: Any) -> torch.Tensor:
         """Run the span; return the final norm of the last block's output. `span.found` holds the states wanted."""
-        self.lean.refresh()
         span.compiled = self.passes is not None and self.passes.usable(inputs.get("past_key_values"))
+        if not span.compiled:
+            self.lean.refresh()
         self._span = span
         try:
             return self._body(**inputs).last_hidden_state

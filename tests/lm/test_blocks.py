@@ -11,6 +11,7 @@ from torch import nn
 
 import powermc
 from powermc.lm import CausalLM, blocks
+from powermc.lm import blocks_numba as compiled
 from powermc.lm.decoder import Work
 from powermc.lm.product import available
 from powermc.lm.rows import Prefix
@@ -218,8 +219,8 @@ def test_blocks_that_only_look_alike_are_found_out(
             elif wrong == "scaling":
                 self._numbers[2] *= 1.1
             else:
-                for part in self._parts:
-                    part[0] = _Shifted(part[0])
+                for at in range(0, len(self._slots), compiled.PER_LAYER):
+                    self._slots[at] = ({"weight": self._slots[at][0]["weight"] + 1}, "weight")
 
         monkeypatch.setattr(blocks.Compiled, "_learn", mutant)
     lm = CausalLM(tiny_model(family, **changes), reuse=False)
@@ -231,17 +232,19 @@ def test_blocks_that_only_look_alike_are_found_out(
     assert passes == []
 
 
-class _Shifted:
-    def __init__(self, norm: Any) -> None:
-        self.weight = norm.weight
-        self._parameters = {"weight": nn.Parameter(norm.weight + 1, requires_grad=False)}
+def test_exp_of_attention_weights() -> None:
+    x = np.concatenate([-np.logspace(-8, np.log10(86.9), 20_000), [0.0]]).astype(np.float32)
+    found = np.array([compiled._exp(v) for v in x])
+    np.testing.assert_allclose(found, np.exp(x.astype(np.float64)), rtol=2e-7)
+    assert compiled._exp(np.float32(-88.0)) == compiled._exp(np.float32(-np.inf)) == 0.0
+    assert np.isnan(compiled._exp(np.float32(np.nan)))
 
 
 def test_chains_are_the_same_with_and_without() -> None:
     """float32: equal tokens up to counted near-ties."""
     runs = []
-    for compiled in (True, False):
-        lm = CausalLM(tiny_model("llama"), reuse=False, compiled=compiled)
+    for on in (True, False):
+        lm = CausalLM(tiny_model("llama"), reuse=False, compiled=on)
         prompts = [Prompt((3, 5, 7), key=1), Prompt((9, 2), key=2)]
         options: dict[str, Any] = {"max_new_tokens": 16, "block_size": 8, "steps": 12, "chains": 3, "alpha": 3.0}
         runs.append(powermc.power_sample(lm, prompts, **options))
