@@ -182,20 +182,13 @@ class Progress(Display):
     ) -> None:
         super().__init__(**display)
         self.steps, self.work = steps, float(steps if work is None else work)
-        self.done = self.accepted = self.abandoned = self.screened = self.passed = self.survived = 0
+        self.moves = Moves()
         self.spent = 0.0
         self._best = Best(decode, horizon)
 
     def step(self, info: Info, work: float = 1.0, *, path: Path | None = None, prompt: int = 0) -> None:
         """One step is done. `path`: where the chain is now, the answer so far to prompt number `prompt`."""
-        accepted = bool(info.get("accepted", False))
-        self.done += 1
-        self.accepted += accepted
-        self.abandoned += bool(info.get("abandoned", False))
-        if (passed := info.get("stage1_accepted")) is not None and not info.get("gated", False):
-            self.screened += 1
-            self.passed += bool(passed)
-            self.survived += bool(passed) and accepted
+        self.moves.see(info)
         if path is not None:
             self._best.see(path, prompt)
             if self._live is not None:
@@ -213,16 +206,9 @@ class Progress(Display):
 
     def line(self) -> str:
         """The state of the run in one line of text."""
-        parts = [f"{self.done:,}/{self.steps:,} steps"]
-        if self.done:
-            parts.append(f"accepted {self.accepted / self.done:.0%}")
-        if self.screened:
-            parts.append(f"stage 1 passed {self.passed / self.screened:.0%}")
-        if self.passed:
-            parts.append(f"then accepted {self.survived / self.passed:.0%}")
-        if self.abandoned:
-            parts.append(f"abandoned {self.abandoned / self.done:.0%}")
-        parts += [self._rate() or f"{self.done / self.elapsed:,.0f} steps/s", clock(self.elapsed)]
+        done = self.moves.done
+        parts = [f"{done:,}/{self.steps:,} steps", *self.moves.parts()]
+        parts += [self._rate() or f"{done / self.elapsed:,.0f} steps/s", clock(self.elapsed)]
         if 0.02 < self.share < 1:  # earlier guesses are wild
             parts.append(f"about {clock(self.elapsed * (1 - self.share) / self.share)} left")
         return "  ".join(parts)
@@ -233,6 +219,34 @@ class Progress(Display):
     def plain(self) -> list[str]:
         self._best.look()
         return [*self._best.news(), self.line()]
+
+
+class Moves:
+    """What became of proposals, stage by stage: counted as `powermc.stages.Stages` counts them afterwards."""
+
+    def __init__(self) -> None:
+        self.done = self.accepted = self.abandoned = self.screened = self.passed = self.survived = 0
+
+    def see(self, info: Info) -> None:
+        """One step is done."""
+        accepted = bool(info.get("accepted", False))
+        self.done += 1
+        self.accepted += accepted
+        self.abandoned += bool(info.get("abandoned", False))
+        if (passed := info.get("stage1_accepted")) is not None and not info.get("gated", False):
+            self.screened += 1
+            self.passed += bool(passed)
+            self.survived += bool(passed) and accepted
+
+    def parts(self) -> list[str]:
+        """In words, as far as there is something to say."""
+        shares = (
+            ("accepted", self.accepted, self.done),
+            ("stage 1 passed", self.passed, self.screened),
+            ("then accepted", self.survived, self.passed),
+        )
+        parts = [f"{name} {part / whole:.0%}" for name, part, whole in shares if whole]
+        return [*parts, *([f"abandoned {self.abandoned / self.done:.0%}"] if self.abandoned else [])]
 
 
 class Best:
@@ -287,19 +301,23 @@ class Parts(Display):
     ----------
     total
         How many parts there are; None: unknown. Taken to be alike, for the time left.
+    steps
+        Of each part, if it consists of steps of chains.
 
     The others are those of `Display`.
     """
 
-    def __init__(self, total: int | None = None, **display: Any) -> None:
+    def __init__(self, total: int | None = None, *, steps: int | None = None, **display: Any) -> None:
         super().__init__(**display)
-        self.total, self.begun, self.part = total, 0, 0.0
+        self.total, self.steps, self.begun, self.part = total, steps, 0, 0.0
+        self.moves = Moves()
         self.name = ""
         self._part_begun = self._begun
 
     def begin(self, name: str) -> None:
         """The next part begins; its name is a line of its own where there is no terminal."""
         self.name, self.begun, self.part = visible(" ".join(name.split())), self.begun + 1, 0.0
+        self.moves = Moves()
         self._part_begun = self._shown = time.monotonic()
         _log.info("%s", self.name)
         self._write([self.name])
@@ -311,6 +329,12 @@ class Parts(Display):
         self.part = share
         self._print()
 
+    def step(self, info: Info) -> None:
+        """One step of this part is done."""
+        self.moves.see(info)
+        self.part = min(self.moves.done / self.steps, 1.0) if self.steps else 0.0
+        self._print()
+
     @property
     def share(self) -> float:
         if self.total is None:
@@ -320,8 +344,7 @@ class Parts(Display):
     def lines(self) -> list[str]:
         count = [f"{self.begun}/{self.total}"] if self.total else []
         done = [f"{self.part:.0%}"] if self.part else []
-        rate = self._rate()
-        parts = [*count, self.name, *done, *([rate] if rate else []), clock(self.elapsed)]
+        parts = [*count, self.name, *done, *self.moves.parts(), self._rate(), clock(self.elapsed)]
         begun = self._begun if self.total else self._part_begun
         if 0.02 < self.share < 1:
             left = (time.monotonic() - begun) * (1 - self.share) / self.share

@@ -139,7 +139,7 @@ def test_acceptance_by_stage(now):
     ]
     for info in infos:
         progress.step(info)
-    assert (progress.screened, progress.passed, progress.survived) == (4, 2, 1)
+    assert (progress.moves.screened, progress.moves.passed, progress.moves.survived) == (4, 2, 1)
     assert "accepted 38%  stage 1 passed 50%  then accepted 50%  abandoned 25%" in progress.line()
 
 
@@ -150,8 +150,9 @@ def test_the_stages_are_those_of_the_run():
     run = power_sample(FakeLM(), "q", **settings, callbacks=[lambda p, c, step, state, info: progress.step(info)])
     stages = run.stages
     assert stages is not None
-    assert (progress.screened, progress.passed, progress.survived) == (stages.screened, stages.passed, stages.accepted)
-    assert progress.done == stages.steps
+    moves = progress.moves
+    assert (moves.screened, moves.passed, moves.survived) == (stages.screened, stages.passed, stages.accepted)
+    assert moves.done == stages.steps
     assert stages.screened > stages.passed > 0
 
 
@@ -279,7 +280,7 @@ def test_a_terminal_that_goes_away_ends_nothing(now):
                 progress.step(ACCEPTED)
             if progress._live is not None:
                 progress._live.refresh()
-        assert progress.done == 3
+        assert progress.moves.done == 3
 
 
 def test_what_is_printed_to_a_file_stays_there(monkeypatch):
@@ -330,6 +331,19 @@ def test_parts_of_unknown_number(now):
         assert parts.lines() == ["fitting  25%  0:40  about 0:30 left of this"]
         parts.report("reporting", 1.0)
         assert parts.lines() == ["reporting  100%  0:40"]
+
+
+def test_parts_of_steps(now):
+    with Parts(2, steps=4, stream=io.StringIO()) as parts:
+        parts.begin("one")
+        now[0] += 8.0
+        parts.step({"accepted": True, "gated": False, "stage1_accepted": True})
+        parts.step({"accepted": False, "gated": False, "stage1_accepted": False})
+        assert parts.share == 0.25
+        shares = "accepted 50%  stage 1 passed 50%  then accepted 100%"
+        assert parts.lines() == [f"1/2  one  50%  {shares}  0:08  about 0:24 left"]
+        parts.begin("two")
+        assert parts.lines() == ["2/2  two  0:08  about 0:08 left"]
 
 
 def test_parts_live():
