@@ -4,8 +4,7 @@ Trace and ranks are ArviZ's. Figures are made without pyplot, so that none stays
 writes one, `all` makes every one of a run. A picture with nothing in it is an `ArgumentError` that says what is
 missing; without matplotlib there is a `ModelError`.
 
-What this module does not know: ArviZ from version 1 on was not at hand when it was written (it needs Python 3.12); its
-figures are asked for as its documentation says.
+ArviZ 0.x draws on a figure of ours; from version 1 on (looked at with 1.3) it makes its own, with its own colours.
 """
 
 from __future__ import annotations
@@ -241,10 +240,16 @@ def _figure(size: tuple[float, float]) -> Iterator[Figure]:
 def _by_arviz(kind: str, values: dict[str, np.ndarray], figure: Figure) -> Figure:
     """ArviZ's plot of values of shape (chain, draw): on this figure, or from version 1 on, on one of its own."""
     az, xr = _needed("arviz"), _needed("xarray")
-    data = xr.Dataset({name: (("chain", "draw"), v) for name, v in values.items()})
+    chains, draws = next(iter(values.values())).shape
+    coords = {"chain": np.arange(chains), "draw": np.arange(draws)}
+    data = xr.Dataset({name: (("chain", "draw"), v) for name, v in values.items()}, coords)
     if int(az.__version__.partition(".")[0]) >= 1:
         plot = az.plot_trace_dist if kind == "trace" else az.plot_rank
-        return plot(xr.DataTree.from_dict({"posterior": data}), backend="matplotlib").viz["figure"].item()
+        own = plot(xr.DataTree.from_dict({"posterior": data}), backend="matplotlib").viz["figure"].item()
+        own.set_size_inches(figure.get_size_inches())
+        own.set_layout_engine("constrained")
+        _needed("matplotlib.pyplot").close(own)  # which would keep it for ever
+        return own
     colours = _shades(len(data.chain))
     with warnings.catch_warnings():  # ArviZ 0.23 calls matplotlib 3.11 in ways that it will not have for ever
         warnings.simplefilter("ignore", matplotlib().MatplotlibDeprecationWarning)
