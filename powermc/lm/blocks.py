@@ -126,7 +126,8 @@ class Compiled:
         packed[:, :n] = given.T
         cos, sin = (a.expand(*real.shape, -1)[real].float().contiguous() for a in angles)
         sizes = 2 * (self._heads + self._groups) * self._dim + self._middle
-        scratch = given.new_empty(sizes * lanes)
+        # Zeros: in lanes without a token may lie denormal numbers, and those take 100 times as long.
+        scratch = given.new_zeros(sizes * lanes)
         addresses = [0 if t is None else t.data_ptr() for t in self._tensors()]
         weights = np.array(addresses, np.int64).reshape(-1, compiled.PER_LAYER)[first:last]
         counters = np.zeros((last - first, compiled.PHASES), np.int64)
