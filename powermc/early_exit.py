@@ -6,6 +6,7 @@ Whatever is fitted or chosen here is fixed before the first step that counts, an
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import warnings
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 DRIFTED = 2.0
 """A run warns when KL(p || p~) on completed tails is over this many times the lens's held-out figure."""
+
+_log = logging.getLogger(__name__)
 
 _FROZEN = ("proposal", "exponent", "temperature", "plain", "eta", "delta", "aggregate", "tokens")
 """What a `Screening` is made of, beside the surrogate."""
@@ -110,6 +113,8 @@ def prepare(model: Any, settings: Settings, prompts: Sequence[Prompt], space: Sp
     else:
         prepared = _asked_for(model, settings, prompts, space, lens, surrogates[-1])
     prepared.facts["warmup_cost"] = model.ledger.since(before).as_dict()
+    said = {name: prepared.facts.get(name) for name in ("kernel", "surrogate", *_FROZEN)}
+    _log.info("warm-up done: %s", ", ".join(f"{name} {value}" for name, value in said.items() if value is not None))
     return prepared
 
 

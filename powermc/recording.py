@@ -6,6 +6,7 @@ path, this module does not know.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -27,6 +28,8 @@ from powermc.types import Field, Fields, Info, State
 
 if TYPE_CHECKING:
     from powermc.progress import Progress
+
+_log = logging.getLogger(__name__)
 
 Key = tuple[int, int]
 """(prompt, chain), both counted from 0."""
@@ -127,6 +130,7 @@ class Recorder:
             forget()
         self._before, self._begun = self.model.ledger.copy(), time.monotonic()
         self.journal.start(self)
+        _log.info("%d chains, %d of them under way at once", len(self.points), self.rows)
         with ExitStack() as stack:
             display = _Display(self.plan, self.points, stack, self.model) if progress else None
             if self.prepared.drift is not None:
@@ -140,6 +144,9 @@ class Recorder:
                         self.errors[key] = outcome.error
                         self.journal.fail(key, outcome.error, self._taken[key])
                     elif isinstance(event, Grown):
+                        _log.debug(
+                            "prompt %d, chain %d: block %d of %d begins", *key, event.block + 1, self.plan.blocks
+                        )
                         self.journal.grow(key, event._replace(path=without_cache(event.path)))
                     elif isinstance(event, Committed):
                         self._commit(key, event)
@@ -336,6 +343,8 @@ class _Display:
                 steps=sum(plan.total - _taken(plan, point) for point in points.values()),
                 work=sum(self.milestones[-1][-1] - at for at in self.reached.values()),
                 tokens=lambda: model.ledger.decoded + model.ledger.prefilled,
+                decode=model.decode,
+                horizon=plan.space.horizon,
             )
         )
 
@@ -347,7 +356,7 @@ class _Display:
             at = self.milestones[event.block][1 + event.step - event.block * self.plan.steps]
         work = at - self.reached[key]
         if isinstance(event, Committed):
-            self.progress.step(event.info, work)
+            self.progress.step(event.info, work, path=event.state.value, prompt=key[0])
         else:
             self.progress.add(work)
         self.reached[key] = at

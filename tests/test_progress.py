@@ -239,6 +239,28 @@ def test_model_text_is_data(now, terminal):
         assert raw not in shown
 
 
+def test_a_run_shows_its_best_answer(capsys, monkeypatch):
+    monkeypatch.setattr("powermc.progress.PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr("powermc.progress.DECODE_INTERVAL", 0.0)
+    run = power_sample(FakeLM(), ["a", "b"], max_new_tokens=8, block_size=4, steps=3, chains=3, progress=True)
+    err = capsys.readouterr().err
+    shown = {(int(p), x) for p, x in re.findall(r"best answer so far to prompt (\d), log p (-\d+\.\d\d)", err)}
+    for p in range(2):
+        whole = [x for chain in run.chains[p] for x in chain.history if x is not None and (x.finished or len(x) == 8)]
+        assert (p, f"{max(x.log_prob for x in whole):.2f}") in shown
+
+
+def test_what_a_run_logs(caplog, tmp_path):
+    caplog.set_level(logging.DEBUG, logger="powermc")
+    settings = {"max_new_tokens": 8, "block_size": 4, "steps": 1, "chains": 2, "kernel": "early-exit"}
+    power_sample(FakeLM(), "a", **settings, exit=FakeLM(seed=2), store=tmp_path / "run.db")
+    text = "\n".join(f"{record.name}: {record.getMessage()}" for record in caplog.records)
+    assert f"powermc.store.writing: {tmp_path / 'run.db'} opened, empty" in text
+    assert "powermc.early_exit: warm-up done: kernel early-exit, surrogate fake, proposal exit, exponent 4" in text
+    assert "powermc.recording: 2 chains, 2 of them under way at once" in text
+    assert "powermc.recording: prompt 0, chain 1: block 2 of 2 begins" in text
+
+
 # Terminals.
 
 

@@ -48,7 +48,8 @@ def run(chosen: Pilot) -> int:
     exits = [lens.exit(model, layer) for layer in wanted or lens.layers]
     total = 1 + len(exits) * sum(len(heats) if proposal != "full" else 1 for proposal in proposals)
     ledger = model.ledger
-    with Parts(total, tokens=lambda: ledger.decoded + ledger.prefilled, quiet=chosen.quiet) as display:
+    steps, tokens = len(ready) * chosen.chains * chosen.steps, lambda: ledger.decoded + ledger.prefilled
+    with Parts(total, steps=steps, tokens=tokens, quiet=chosen.quiet) as display:
         found = pilot(
             model,
             exits,
@@ -57,6 +58,7 @@ def run(chosen: Pilot) -> int:
             exit_temperatures=heats,
             kl=lambda layer: reported.get(layer, math.nan),
             notify=lambda name: display.begin(f"running {name}"),
+            watch=display.step,
         )
     text = json.dumps(found.to_dict(), allow_nan=False, default=str) + "\n"
     if chosen.out is not None:

@@ -39,7 +39,7 @@ from powermc.settings import Settings
 from powermc.stages import Stages, count_stages
 from powermc.targets import Power
 from powermc.tuning import correlation, fit_exponent, grown, pairs, surrogate_ledger, surrogate_name
-from powermc.types import Kernel, State, Steps
+from powermc.types import Info, Kernel, State, Steps
 
 if TYPE_CHECKING:
     from powermc.lm import CausalLM, Ledger
@@ -170,6 +170,7 @@ def pilot(
     early_rejection: bool = True,
     seed: int = 0,
     notify: Callable[[str], None] = lambda name: None,
+    watch: Callable[[Info], None] = lambda info: None,
 ) -> Pilot:
     """Run plain Metropolis-Hastings and every exit with every proposal from the same starts.
 
@@ -189,6 +190,8 @@ def pilot(
         KL(p || p~) of a layer, for the table.
     notify
         Called with the name of each choice before it runs.
+    watch
+        Called with what every step of every choice did.
 
     Raises `ArgumentError` for values out of range and for a model whose ledger counts no FLOPs, and the first
     `ChainError` of any chain.
@@ -218,7 +221,7 @@ def pilot(
 
     def measured(kernel: Kernel[Path], exit: Autoregressive | None, **facts: Any) -> Choice:
         ledger = None if exit is None else surrogate_ledger(model, exit)
-        return _measure(model, ledger, kernel, starts, chains, steps, seed, facts)
+        return _measure(model, ledger, kernel, starts, chains, steps, seed, facts, watch)
 
     notify("plain MH")
     facts: dict[str, Any] = dict.fromkeys(("surrogate", "layer", "proposal", "temperature"))
@@ -285,6 +288,7 @@ def _measure(
     steps: int,
     seed: int,
     facts: dict[str, Any],
+    watch: Callable[[Info], None],
 ) -> Choice:
     records = Records(kernel.fields, (len(starts), steps))
     log_p = np.zeros((len(starts), steps))
@@ -310,6 +314,7 @@ def _measure(
             at, info, log_prob = outcome.value
             records.write(at, info)
             log_p[at] = log_prob
+            watch(info)
     seconds = time.perf_counter() - begun
     spent = [ledger.since(earlier) for ledger, earlier in zip(ledgers, before, strict=True)]
     if any(cost.spans and not cost.flops for cost in spent):

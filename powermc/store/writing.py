@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from powermc.store.header import Header, this_process
 from powermc.store.packing import Layout, Tokenization, fields_from_json, text_delta, text_to_bytes
 from powermc.store.reading import Reader, ledger_as_json
 
+_log = logging.getLogger(__name__)
+
 Execute = Callable[..., sqlite3.Cursor]
 
 
@@ -67,6 +70,7 @@ class Store:
         except BaseException:
             unlock(self._lock)
             raise
+        _log.info("%s opened, %s", self.path, "to go on with" if ours else "empty")
 
     def __enter__(self) -> Store:
         return self
