@@ -43,6 +43,11 @@ def test_the_toys_and_the_harness_need_no_language_model():
     assert not {"torch", "transformers", "arviz", "hypothesis", "pytest"} & after
 
 
+def test_tasks_and_metrics_need_no_language_model():
+    after = top(modules_after("import powermc.evaluation.tasks, powermc.evaluation.metrics"))
+    assert not {"torch", "transformers", "arviz", "math_verify", "sympy", "datasets"} & after
+
+
 def test_strategies_are_importable_by_name():
     """`import powermc.testing` works without hypothesis; the strategies are one import further."""
     assert "hypothesis" in top(modules_after("from powermc.testing import strategies"))
@@ -96,6 +101,9 @@ MAY_IMPORT = {
     "summary": {"diagnostics", "results"},
     "arviz_export": {"_version", "errors", "files", "diagnostics", "results"},
     "visible": set(),
+    "jsonl": {"errors"},
+    "evaluation/tasks": {"errors", "choices", "jsonl", "evaluation"},
+    "evaluation/metrics": {"errors"},
     "series": {"diagnostics", "lm", "results"},
     "plots": {"errors", "files", "diagnostics", "lm", "results", "series"},
     "report": {

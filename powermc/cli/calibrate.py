@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from powermc import plots
-from powermc.cli import jsonl
+from powermc import jsonl, plots
 from powermc.cli.sample import check_writable, load
 from powermc.cli.show import console, say
 from powermc.errors import ArgumentError

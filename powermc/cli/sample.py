@@ -12,7 +12,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from powermc.cli import demo, jsonl
+from powermc import jsonl
+from powermc.cli import demo
 from powermc.cli.show import console, say, texts
 from powermc.errors import ArgumentError
 from powermc.files import write_whole
