@@ -10,7 +10,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,16 @@ class Prepared:
     def spent(self) -> Ledger | None:
         """What a surrogate that is a model of its own has run since; None where there is none."""
         return None if self.ledger is None or self._before is None else self.ledger.since(self._before)
+
+    @contextmanager
+    def running(self, model: Any) -> Iterator[None]:
+        """For the time of the run: the drift is watched, and guesses are made if the pilot found that they pay."""
+        with ExitStack() as stack:
+            if self.drift is not None:
+                stack.enter_context(self.drift.watching())
+            if tokens := self.facts.get("speculate", 0):
+                stack.enter_context(model.engine.guessing(tokens))
+            yield
 
     def check_drift(self) -> None:
         """Warn, once, if the surrogate has drifted from the model."""
@@ -227,13 +238,31 @@ def _chosen(model: Any, settings: Settings, prompts: Sequence[Prompt], lens: Any
     facts = {"pilot": found.to_dict(), "verdict": found.verdict()}
     best = found.best
     if best.proposal is None:
-        return Prepared(None, {"kernel": "metropolis", **facts})
+        return Prepared(None, {"kernel": "metropolis", **facts, **_guesses(model, settings, prompts)})
     surrogate = next(s for s in surrogates if surrogate_name(s) == best.surrogate)
     screening = Screening(
         surrogate, best.exponent, temperature=best.temperature, proposal=best.proposal, plain=settings.plain
     )
     facts = {"kernel": "early-exit", "fitted": [] if best.proposal == "exit" else ["exponent"], **facts}
     return _prepared(model, screening, lens, facts)
+
+
+def _guesses(model: Any, settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """How many tokens few rows guess, by measurement; nothing where there is no room for guesses or they were set."""
+    from powermc.evaluation.guessing import MOST_ROWS, guessing
+
+    if settings.chains * len(prompts) > MOST_ROWS or model.engine.guesser is not None or not model.engine.reuse:
+        return {}
+    found = guessing(
+        model,
+        prompts,
+        alpha=settings.alpha,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        chains=settings.chains,
+        seed=settings.seed,
+    )
+    return {"speculate": found.best, "guesses": found.verdict()}
 
 
 def _prepared(model: Any, screening: Screening, lens: Any, facts: dict[str, Any]) -> Prepared:

@@ -133,8 +133,7 @@ class Recorder:
         _log.info("%d chains, %d of them under way at once", len(self.points), self.rows)
         with ExitStack() as stack:
             display = _Display(self.plan, self.points, stack, self.model) if progress else None
-            if self.prepared.drift is not None:
-                stack.enter_context(self.prepared.drift.watching())
+            stack.enter_context(self.prepared.running(self.model))
             outcomes = stack.enter_context(closing(drive(self._programs(), active=self.rows)))  # type: ignore[type-var]
             try:
                 for outcome in outcomes:

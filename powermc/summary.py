@@ -151,7 +151,7 @@ def _by_prompt(run: Run) -> list[str]:
 def _stage_lines(run: Run) -> list[str]:
     """What a screened kernel did, and the cost of its proposals beside the cost model's."""
     facts, stages = run.early_exit, run.stages
-    lines = textwrap.wrap(facts["verdict"], 80) if "verdict" in facts else []
+    lines = [line for name in ("verdict", "guesses") if name in facts for line in textwrap.wrap(facts[name], 80)]
     if stages is None:
         return lines
     fitted = f" (fitted: {', '.join(facts['fitted'])})" if facts["fitted"] else ""

@@ -139,7 +139,7 @@ def test_options_reach_the_run(cli, loader):
     expected |= {"rows": 5, "early_rejection": False, "reward_at_most": None, "draws": 7}
     assert run["settings"] == expected
     options = {"gguf_file": "g", "dtype": "float64", "device": "meta", "max_rows": 3, "memory": "4GB"}
-    options |= {"reuse": True, "speculate": 5}
+    options |= {"reuse": True, "speculate": 5, "compiled": True}
     assert loader.calls == [("m", options)]
 
 

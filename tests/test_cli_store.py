@@ -63,7 +63,7 @@ def test_an_interrupted_run_is_shown_and_gone_on_with(cli, faults, tmp_path):
     assert code == 0
     assert drawn(out) == drawn(whole)
     name, options = cli.calls[-1]
-    wanted = {"max_rows": 3, "speculate": 2, "reuse": False, "dtype": "float32", "device": "cpu"}
+    wanted = {"max_rows": 3, "speculate": 2, "reuse": False, "dtype": "float32", "device": "cpu", "compiled": True}
     assert options == {**wanted, "gguf_file": None, "memory": None}
     assert name == "fake"
     _, shown, _ = cli("show", file, "--json")

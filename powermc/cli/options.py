@@ -76,10 +76,18 @@ class Rows(Loader):
             help="What the process may hold: as many rows as fit; default: what the machine has available.",
         ),
     ] = None  # fmt: skip
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compiled/--no-compiled",
+            help="Run passes of few rows in compiled code, where model and device allow it.",
+            rich_help_panel=MODEL,
+        ),
+    ] = True
 
     @property
     def loader(self) -> dict[str, Any]:
-        return {**super().loader, "max_rows": self.max_rows, "memory": self.memory}
+        return {**super().loader, "max_rows": self.max_rows, "memory": self.memory, "compiled": self.compiled}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,6 +143,7 @@ def _config(file: Path) -> int:
     header = header_of(file)
     run = load(file)
     settings = {**header.settings, "thin": header.thin if header.thin > 1 else None}
+    settings["first_chain"] = header.first_chain or None
     options = {} if header.dtype is None else {"dtype": header.dtype}
     sys.stdout.write(toml.from_settings(settings, header.model, options, [prompt.text for prompt in run.prompts]))
     return 0

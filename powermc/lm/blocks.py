@@ -46,7 +46,8 @@ _GLOBAL_HOOKS = (
 class Compiled:
     """Compiled passes through the blocks of one decoder; None of its weights is copied.
 
-    `usable` says, before every pass, whether nothing has been changed that it would not see.
+    `usable` says, before every pass, whether nothing has been changed that it would not see; `fits` whether the blocks
+    are of a kind that is compiled here.
     """
 
     def __init__(self, blocks: nn.ModuleList, rows: Rows) -> None:
@@ -55,7 +56,7 @@ class Compiled:
         self._parts: list[list[Any]] = []
         self._slots: list[tuple[dict[str, Any], str]] = []
         self._watched: list[dict[str, Any]] = []
-        self._fits = False
+        self.fits = False
 
     def usable(self, cache: Any) -> bool:
         """Whether a pass over the slots that this cache is aimed at can be run here."""
@@ -65,7 +66,7 @@ class Compiled:
             return False
         if not self._modules or any(now != then for now, then in self._modules):
             self._learn()
-        if not self._fits or any(_GLOBAL_HOOKS):
+        if not self.fits or any(_GLOBAL_HOOKS):
             return False
         for own in self._watched:
             if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
@@ -81,13 +82,13 @@ class Compiled:
         self._parts = [part for part in parts if part is not None]
         shapes = {tuple(None if m is None else tuple(m.weight.shape) for m in part) for part in self._parts}
         keys, values = self._rows.keys, self._rows.values
-        self._fits = (
+        self.fits = (
             len(self._parts) == len(self._blocks)
             and len(shapes) == 1
             and keys.dtype == torch.float32
             and keys.shape[2:] == values.shape[2:]
         )
-        if self._fits:
+        if self.fits:
             first: Any = self._blocks[0]
             attention, (q, _, _, _, gate) = first.self_attn, self._parts[0][4:9]
             self._dim = attention.head_dim

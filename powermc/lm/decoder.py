@@ -122,6 +122,12 @@ class Decoder:
         """Sizes of one head's keys and values."""
         return self.rows.dims
 
+    @property
+    def compiles(self) -> bool:
+        """Whether passes of few rows run in one compiled call."""
+        passes = getattr(getattr(self, "body", None), "passes", None)
+        return passes is not None and passes.fits
+
     def _check(self) -> float:
         """max |logit difference| between rows (ragged prefill, then decode) and the plain forward, float32."""
         compiled, self.body.passes = self.body.passes, None

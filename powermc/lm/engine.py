@@ -7,7 +7,8 @@ that their positions have come to, whoever ran them that far, so that no positio
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -16,6 +17,7 @@ import torch
 from powermc.errors import ModelError
 from powermc.lm.cost import cost_of
 from powermc.lm.decoder import Work
+from powermc.lm.guesses import Guesser, Lookup
 from powermc.lm.ledger import Ledger
 from powermc.lm.pool import Pool
 from powermc.lm.recompute import attach
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from powermc.lm.drift import Drift
-    from powermc.lm.guesses import Guesser
 
 _AHEAD = 16
 _RECENT_PROMPTS = 16
@@ -63,6 +64,15 @@ class Engine:
         self._recent: deque[Segment] = deque(maxlen=_RECENT_PROMPTS)
         self._parameters = list(model.parameters())
         self._weights: int | None = None
+
+    @contextmanager
+    def guessing(self, tokens: int) -> Iterator[None]:
+        """Guess by `Lookup` up to so many tokens meanwhile; 0: none."""
+        before, self.guesser = self.guesser, Lookup(tokens) if tokens else None
+        try:
+            yield
+        finally:
+            self.guesser = before
 
     def check_mode(self) -> None:
         """Raise `ModelError` if the model's owner has put it in training mode: dropout is not part of p.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from powermc.sequences.path import Prompt, Space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
 
 
 class CausalLM(DepthOracle):
@@ -161,6 +164,7 @@ class CausalLM(DepthOracle):
         )
         if found.binds:
             rows.most = found.rows
+            _log.info("%d rows of %d fit into memory", found.rows, min(self._most, total))
         pool.budget = found.pool if self.memory is not None else min(found.pool, DEFAULT_BUDGET)
         return found
 
@@ -175,6 +179,10 @@ class CausalLM(DepthOracle):
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of some tokens, special tokens left out."""
         return self.text.decode(tokens)
+
+    def piece(self, token: int) -> str | None:
+        """The text of one token, special ones by name; None without a tokenizer."""
+        return self.text.piece(token)
 
     def describe(self) -> dict[str, Any]:
         """Facts about the model, for `powermc doctor`."""
@@ -193,6 +201,7 @@ class CausalLM(DepthOracle):
             "ignored_warpers": self.ignored_warpers,
             "bytes_per_token": decoder.rows.bytes_per_token,
             "attach_deviation": decoder.deviation,
+            "compiled_passes": decoder.compiles,
             "lost": decoder.lost,
         }
 

@@ -87,6 +87,12 @@ class Text:
         tokenizer = self._need_tokenizer()
         return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def piece(self, token: int) -> str | None:
+        """Text of one token, special ones by name; None without a tokenizer."""
+        if self._tokenizer is None:
+            return None
+        return self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def stop_rule(self, stop: Sequence[str]) -> StopRule | None:
         """True of the prefixes whose text contains one of the strings; None if there are none."""
         if isinstance(stop, str):
