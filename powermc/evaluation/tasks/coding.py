@@ -1,6 +1,7 @@
 """HumanEval and MBPP: programs, run against tests in the sandbox.
 
-The program of a text, by the first rule that applies:
+The program of a text, by the first rule that applies (for HumanEval a text that begins with an indented line goes on
+from the prompt, by rule 3):
 
 1. fenced blocks (```): the last closed one that defines the wanted function, else the last closed one; an open block
    at the end of the text counts as closed;
@@ -27,6 +28,7 @@ from powermc.evaluation.tasks.sandbox import Check, Limits, run
 
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _NEXT = re.compile(r"\n(?=(?:def|class|if|print|import|from|assert|@|#|```)\b|@|#|```)")
+_GOES_ON = re.compile(r"(?:[ \t]*\n)*(?:  |\t)")
 _FIRST_CODE = re.compile(r"^(?:from\s|import\s|def\s|class\s|@|[A-Za-z_]\w*\s*=)", re.MULTILINE)
 
 
@@ -102,7 +104,7 @@ def _compiled(row: Row, field: str, source: str) -> ast.Module:
 
 def _humaneval_program(item: Item, text: str) -> str | None:
     name = item.reference
-    block = fenced(text, name)
+    block = None if _GOES_ON.match(text) else fenced(text, name)
     whole = _whole(text, name) if block is None else block if defines(block, name) else None
     if whole is not None:
         return _before(item.question, name) + "\n" + whole

@@ -65,7 +65,7 @@ GSM8K = register(
 
 # MATH
 
-_SAID = re.compile(r"answer\s*(?:is|:)\s*(.+?)(?:\.?\s*$|\.\s|\n)", re.IGNORECASE | re.MULTILINE)
+_SAID = re.compile(r"answer\s*(?:is\s*:?|:)\s*(.+?)(?:\.?\s*$|\.\s|\n)", re.IGNORECASE | re.MULTILINE)
 _INLINE = re.compile(r"\$+([^$\n]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 
 
@@ -112,7 +112,7 @@ class Comparer:
     imports SymPy.
     """
 
-    def __init__(self, seconds: float = 20.0, start_seconds: float = 120.0) -> None:
+    def __init__(self, seconds: float = 30.0, start_seconds: float = 120.0) -> None:
         self._seconds, self._start_seconds = seconds, start_seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
@@ -142,7 +142,9 @@ class Comparer:
             return found if isinstance(found, bool) else f"grader crashed: {found}"
 
     def _running(self) -> subprocess.Popen[str]:
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+        if self._process is not None and (self._owner != os.getpid() or self._process.poll() is not None):
+            self.close()
+        if self._process is None:
             self._process, self._owner = self._start(), os.getpid()
         return self._process
 
@@ -180,9 +182,17 @@ class Comparer:
 
     def close(self) -> None:
         """End the process, if there is one; it is started again when needed."""
-        if self._process is not None and self._owner == os.getpid():
-            _kill(self._process)
-        self._process = None
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self._owner == os.getpid():
+            _kill(process)
+        else:  # after a fork it is the parent's, who goes on using it
+            process.returncode = 0  # so that nobody waits for a process that is not a child
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.close()
+            process.stdout.close()
 
 
 def _kill(process: subprocess.Popen[Any]) -> None:

@@ -71,6 +71,8 @@ def _fraction(match: re.Match[str]) -> Fraction | None:
         value *= Fraction(10) ** int(match["power"][1:])
     if match["below"]:
         below = plain(match["below"])
+        if match.string[: match.start()].endswith("/"):  # the end of a date
+            return below
         if below == 0:
             return None
         value /= below
