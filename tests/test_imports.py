@@ -109,6 +109,9 @@ MAY_IMPORT = {
     "report": {
         "_version", "errors", "files", "config", "sequences", "diagnostics", "results", "series", "visible",
     },
+    "hf_call": {"errors", "power"},
+    "hf": {"errors", "hf_call", "lm", "power", "results", "sequences"},
+    "integrations": {"errors", "lm", "power", "sequences"},
 }  # fmt: skip
 
 
@@ -124,7 +127,7 @@ def test_dependencies_point_one_way(part):
 
 LATER = {
     "sampling", "power", "results", "store", "cli", "config", "report", "evaluation", "progress", "settings", "testing",
-    "plots", "series",
+    "plots", "series", "hf", "hf_call", "integrations",
 }  # fmt: skip
 
 
