@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import importlib.util
 import logging
 import pickle
 import shutil
@@ -332,3 +333,26 @@ def test_an_undrivable_model_is_a_model_error(model):
     own.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="flash_attention_2"):
         own.generate(**batch(), **CALL)
+
+
+def test_the_code_of_the_page_runs(model, folder, monkeypatch, capsys):
+    """docs/integrations.md, with a tiny model in place of the one it names."""
+    import re
+
+    import transformers
+
+    def loaded(name, **options):
+        own = tokenizer()
+        own.pad_token, own.padding_side = "w0", options.get("padding_side", "right")
+        return own
+
+    page = (FOLDER.parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: copy.deepcopy(model))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loaded)
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        if "lm_eval" in code and importlib.util.find_spec("lm_eval") is None:
+            continue
+        exec(code.replace('"examples/custom_generate"', repr(folder)), names)
+    assert names["out"].sequences.shape[0] == 4
+    assert "prompt" in capsys.readouterr().out

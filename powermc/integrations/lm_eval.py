@@ -55,7 +55,7 @@ class PowerLM(TemplateLM):
     max_gen_toks
         Horizon of requests that name none, in tokens.
     dtype, device, gguf_file, memory
-        Of `CausalLM.from_pretrained`.
+        Of `CausalLM.from_pretrained`; a CUDA device where there is none is the CPU.
     settings
         Of `power_sample` (`SETTINGS`): alpha, steps, block_size, temperature (of the proposals), seed, kernel, ...
 
@@ -87,7 +87,7 @@ class PowerLM(TemplateLM):
             self.lm = pretrained
         else:
             rows = _rows(batch_size, max_batch_size)
-            options: dict[str, Any] = {"dtype": dtype, "device": device or "cpu", "memory": memory, "max_rows": rows}
+            options: dict[str, Any] = {"dtype": dtype, "device": _device(device), "memory": memory, "max_rows": rows}
             self.lm = CausalLM.from_pretrained(pretrained, gguf_file=gguf_file, **options)
         self.tokenizer = self.lm.text._need_tokenizer()
         self._told: set[str] = set()
@@ -253,6 +253,13 @@ def _rows(batch_size: int | str | None, most: int | None) -> int:
     if not str(batch_size).isdigit() or int(batch_size) < 1:
         raise ArgumentError(f"batch_size must be a whole number >= 1 or 'auto', got {batch_size!r}")
     return int(batch_size)
+
+
+def _device(name: str | None) -> str:
+    """The harness names cuda:0 where its user named nothing; without CUDA that is the CPU, as in its own models."""
+    if name is None or (name.startswith("cuda") and not torch.cuda.is_available()):
+        return "cpu"
+    return name
 
 
 @contextmanager
