@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from powermc.errors import ArgumentError
-from powermc.evaluation import tasks
+from powermc.evaluation import metrics, tasks
 from powermc.evaluation.tasks import GPQA, GSM8K, HUMANEVAL, MATH, MBPP
 from powermc.evaluation.tasks.base import _tasks
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 GSM = {"question": "2 + 3?", "answer": "2 + 3 = <<2+3=5>>5.\n#### 5"}
 HUMAN = {
@@ -127,7 +129,7 @@ def test_a_bad_line_is_named(tmp_path, task, row, message):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ArgumentError, match="cannot read .*none.jsonl: No such file"):
+    with pytest.raises(ArgumentError, match=r"cannot read .*none[.]jsonl: No such file"):
         tasks.load("gsm8k", tmp_path / "none.jsonl")
     (tmp_path / "f.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(ArgumentError, match=r"cannot read .*f.jsonl.gz: Not a gzipped file"):
@@ -260,3 +262,24 @@ def test_shots_are_chosen_by_the_seed():
     assert tasks.choose_shots(pool, 0) == []
     with pytest.raises(ArgumentError, match="31 few-shot examples were asked for; 30 items have"):
         tasks.choose_shots(pool, 31)
+
+
+def documented(heading: str) -> str:
+    """The first Python block of docs/tasks.md under a heading."""
+    text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    return text.partition(f"# {heading}\n")[2].partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data files are not there: {DATA}")
+def test_the_documented_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(DATA)
+    exec(documented("Tasks and grading"), {})
+    assert capsys.readouterr().out == "True 18 right\n"
+
+
+def test_the_documented_metrics_and_task_run(monkeypatch):
+    monkeypatch.setattr("powermc.evaluation.tasks.base._tasks", dict(_tasks))
+    correct, baseline = [[1, 0, 1, 1], [0, 0, 1, 0]], [[0, 0, 1, 1], [0, 0, 1, 0]]
+    exec(documented("Metrics"), {"metrics": metrics, "correct": correct, "baseline": baseline})
+    exec(documented("A task of one's own"), {"tasks": tasks})
+    assert "capitals" in tasks.names()
