@@ -82,11 +82,12 @@ def test_scores_are_log_p_of_the_plain_model(model):
         assert torch.allclose(out.scores[r, : len(tail)], expected, atol=1e-9)
 
 
-def test_without_a_mask_nothing_is_padding(model):
-    """transformers infers padding from the pad token only where it is not an end token; here every id counts."""
-    ids = torch.tensor([[4, 6, 9]])
-    out = model.generate(ids, **CALL, seed=2, return_dict_in_generate=True)
-    assert out.run.prompts[0].ids == (4, 6, 9)
+def test_without_a_mask_transformers_finds_the_padding(model):
+    """It takes every pad token for padding; one between tokens is then an error, not another prompt."""
+    out = model.generate(torch.tensor([[4, 6, 9], [0, 6, 9]]), **CALL, seed=2, return_dict_in_generate=True)
+    assert [prompt.ids for prompt in out.run.prompts] == [(4, 6, 9), (6, 9)]
+    with pytest.raises(ArgumentError, match="row 0 has padding between its tokens"):
+        model.generate(torch.tensor([[4, 0, 9]]), **CALL)
 
 
 def test_torch_seed_repeats_a_call_and_moves_on(model):

@@ -162,16 +162,8 @@ def test_a_local_task_runs(tasks, model):
     assert found is not None
     samples = found["samples"]["words"]
     assert len(samples) == 4
-    expected = model.generate_until(
-        requests(
-            "generate_until",
-            *[
-                tuple(s["arguments"].values()) if isinstance(s["arguments"], dict) else tuple(s["arguments"][0])
-                for s in samples
-            ],
-        ),
-        disable_tqdm=True,
-    )
+    asked = [(f"w{i} w{i + 1}", {"until": ["w16", "</s>"], "max_gen_toks": 6}) for i in range(9, 13)]
+    expected = model.generate_until(requests("generate_until", *asked), disable_tqdm=True)
     assert [s["resps"][0][0] for s in samples] == expected
     assert 0 <= found["results"]["choice"]["acc,none"] <= 1
     assert model.costs["flops"] > 0
