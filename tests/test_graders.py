@@ -200,13 +200,15 @@ def test_math_is_compared_by_value(reference, answer, equal):
 
 @needs_data
 @needs_math
-def test_every_math_reference_is_right():
+@pytest.mark.parametrize("each", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_math_reference_is_right(each):
     found = tasks.load("math500", DATA / "math500_first250.json")
     assert len(found) == 250
+    found = found[::each]
     wrong = [(i.id, i.reference) for i in found if not MATH.grade(i, f"Thus $\\boxed{{{i.reference}}}$.").correct]
     assert not wrong
     # Somebody else's answer is wrong, but where two references happen to be equal.
-    pairs = list(itertools.pairwise(found))
+    pairs = list(itertools.pairwise(found))[::2]
     right = [(a.reference, b.reference) for a, b in pairs if MATH.grade(a, b.solution).correct]
     assert len(right) < 0.05 * len(pairs), right
 
@@ -217,8 +219,7 @@ def test_a_comparison_that_hangs_is_wrong_and_the_next_one_is_not():
     try:
         assert comparer.equal("1", "9^{9^{9^{9^9}}} + 10^{10^{10^{10}}}") == "timeout: not compared within 1 s"
         assert comparer.restarts == 1
-        comparer.close()
-        comparer = Comparer()
+        comparer._seconds = 60
         found: list[bool | str] = []
         threads = [threading.Thread(target=lambda: found.append(comparer.equal("x", "x"))) for _ in range(3)]
         for thread in threads:
@@ -226,10 +227,6 @@ def test_a_comparison_that_hangs_is_wrong_and_the_next_one_is_not():
         for thread in threads:
             thread.join()
         assert found == [True] * 3
-        assert comparer._process is not None
-        comparer._process.kill()
-        comparer._process.wait()
-        assert comparer.equal("2", "2") is True
     finally:
         comparer.close()
 
@@ -367,11 +364,11 @@ MUTATIONS = {
 }
 
 
-def humaneval_agrees(items):
+def humaneval_agrees(items, mutants):
     for found in items:
         grade = HUMANEVAL.grade(found, found.solution)
         assert grade.correct, (found.id, grade)
-    for n, found in enumerate(items):
+    for n, found in enumerate(mutants):
         mutate = list(MUTATIONS.values())[n % 2]
         assert not HUMANEVAL.grade(found, mutate(found.solution)).correct, found.id
 
@@ -381,7 +378,7 @@ def humaneval_agrees(items):
 def test_humaneval_solutions_pass_and_mutants_fail():
     found = tasks.load("humaneval", DATA / "HumanEval.jsonl.gz")
     assert len(found) == 164
-    humaneval_agrees(found[::9])
+    humaneval_agrees(found[::8], found[::40])
     first = found[0]
     assert not HUMANEVAL.grade(first, first.solution.replace("<", ">")).correct
     whole = f"```python\n{first.question}{first.solution}```"
@@ -392,7 +389,8 @@ def test_humaneval_solutions_pass_and_mutants_fail():
 @needs_sandbox
 @pytest.mark.slow
 def test_all_humaneval_solutions_pass_and_mutants_fail():
-    humaneval_agrees(tasks.load("humaneval", DATA / "HumanEval.jsonl.gz"))
+    found = tasks.load("humaneval", DATA / "HumanEval.jsonl.gz")
+    humaneval_agrees(found, found)
 
 
 def test_gpqa_letters(tmp_path):
@@ -406,6 +404,7 @@ def test_gpqa_letters(tmp_path):
 
 
 @needs_math
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_gets_a_comparer_of_its_own():
     comparer = Comparer()
@@ -419,6 +418,10 @@ def test_a_forked_process_gets_a_comparer_of_its_own():
             os._exit(0 if good else 1)
         assert os.waitpid(child, 0)[1] == 0
         assert comparer.equal("2", "2") is True
+        assert ours is not None
         assert comparer._process is ours
+        ours.kill()
+        ours.wait()
+        assert comparer.equal("2", "2") is True
     finally:
         comparer.close()

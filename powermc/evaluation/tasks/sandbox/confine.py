@@ -22,7 +22,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import resource
 import signal
 import struct
@@ -198,7 +197,7 @@ _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
 def _system_calls() -> str:
-    machine = platform.machine()
+    machine = os.uname().machine
     if machine not in _MACHINES or sys.maxsize < 1 << 32:
         raise OSError(errno.ENOSYS, f"no list of system calls for {machine}")
     program = b"".join(_filter(*_MACHINES[machine]))
