@@ -62,7 +62,7 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed-demo
 	@echo "Installing what the tests need into $(VENV)"
-	@$(PROJECT) '.[gguf,plots,report,testing]'
+	@$(PROJECT) '.[gguf,math,plots,report,testing]'
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test
