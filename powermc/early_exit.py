@@ -251,7 +251,8 @@ def _guesses(model: Any, settings: Settings, prompts: Sequence[Prompt]) -> dict[
     """How many tokens few rows guess, by measurement; nothing where there is no room for guesses or they were set."""
     from powermc.evaluation.guessing import MOST_ROWS, guessing
 
-    if settings.chains * len(prompts) > MOST_ROWS or model.engine.guesser is not None or not model.engine.reuse:
+    engine = getattr(model, "engine", None)
+    if engine is None or engine.guesser is not None or not engine.reuse or settings.chains * len(prompts) > MOST_ROWS:
         return {}
     found = guessing(
         model,
