@@ -105,6 +105,7 @@ def test_a_hundred_thousand_draws_stay_under_200_megabytes(tmp_path):
     assert measure(tmp_path, draws=100_000, accepted=0.3)["megabytes"] < 200
 
 
+@pytest.mark.slow
 def test_the_script_can_be_run(tmp_path):
     root = Path(__file__).parent.parent
     script = [sys.executable, "-m", "tests.kill_and_resume", "--kills", "1", "--draws", "2"]
