@@ -53,8 +53,7 @@ class Compiled:
     def __init__(self, blocks: nn.ModuleList, rows: Rows) -> None:
         self._blocks, self._rows = blocks, rows
         self._modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._parts: list[list[Any]] = []
-        self._slots: list[tuple[dict[str, Any], str]] = []
+        self._slots: list[tuple[dict[str, Any], str, torch.Size | None]] = []
         self._watched: list[dict[str, Any]] = []
         self.fits = False
 
@@ -71,34 +70,41 @@ class Compiled:
         for own in self._watched:
             if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
                 return False
-        return all(p is None or (p.dtype is torch.float32 and p.is_cpu) for p in self._tensors())
+        # What is read by address must be what it was taken for: a weight may have been replaced, or set to other data.
+        return all(
+            (p is None and name == "bias")
+            or (p is not None and p.dtype is torch.float32 and p.is_cpu and p.is_contiguous() and p.shape == shape)
+            for p, (_, name, shape) in zip(self._tensors(), self._slots, strict=True)
+            if shape is not None
+        )
 
     def _learn(self) -> None:
         """Look at the blocks anew: some module has been replaced."""
         modules = list(self._blocks.modules())
         self._watched = [m.__dict__ for m in modules]
-        self._modules = [(m._modules, dict(m._modules)) for m in modules if m._modules]
-        parts = [_parts(block) for block in self._blocks]
-        self._parts = [part for part in parts if part is not None]
-        shapes = {tuple(None if m is None else tuple(m.weight.shape) for m in part) for part in self._parts}
+        self._modules = [(m._modules, dict(m._modules)) for m in modules]
+        parts = [part for block in self._blocks if (part := _parts(block)) is not None]
+        shapes = {tuple(None if m is None else tuple(m.weight.shape) for m in part) for part in parts}
         keys, values = self._rows.keys, self._rows.values
         self.fits = (
-            len(self._parts) == len(self._blocks)
+            len(parts) == len(self._blocks)
             and len(shapes) == 1
             and keys.dtype == torch.float32
             and keys.shape[2:] == values.shape[2:]
         )
         if self.fits:
             first: Any = self._blocks[0]
-            attention, (q, _, _, _, gate) = first.self_attn, self._parts[0][4:9]
+            attention, (q, _, _, _, gate) = first.self_attn, parts[0][4:9]
             self._dim = attention.head_dim
             self._heads, self._groups = q.out_features // self._dim, keys.shape[2]
             self._width, self._middle = q.in_features, gate.out_features
-            norms = self._parts[0][:4]
+            norms = parts[0][:4]
             none: dict[str, Any] = {}
             self._slots = [
-                (none if m is None else m._parameters, name)
-                for part in self._parts
+                (none, name, None)
+                if m is None
+                else (m._parameters, name, m.weight.shape if name == "weight" else m.weight.shape[:1])
+                for part in parts
                 for m, names in zip(part, [["weight"]] * 4 + [["weight", "bias"]] * 7, strict=True)
                 for name in names
             ]
@@ -108,7 +114,7 @@ class Compiled:
 
     def _tensors(self) -> list[torch.Tensor | None]:
         """Per block: four norms, then seven matrices, each followed by its bias."""
-        return [own[name] if own else None for own, name in self._slots]
+        return [own.get(name) for own, name, _ in self._slots]
 
     def __call__(
         self, first: int, last: int, states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: SlotCache

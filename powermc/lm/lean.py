@@ -10,7 +10,6 @@ The owner's modules are not touched: `lean` makes shadows that share every param
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -62,8 +61,8 @@ def lean(module: nn.Module, compiled: bool = True) -> nn.Module:
 
 def shallow(module: Any) -> Any:
     """A module of its own with the same parameters, buffers, hooks and children."""
-    shadow = copy.copy(module)
-    shadow.__dict__["_modules"] = dict(module._modules)
+    shadow = object.__new__(type(module))  # not copy.copy, which parametrised modules refuse
+    shadow.__dict__.update(module.__dict__, _modules=dict(module._modules))
     return shadow
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import powermc
 from powermc.lm import CausalLM, blocks
@@ -192,6 +193,18 @@ def test_what_the_owner_changes_is_seen(passes: list[tuple[int, int]]) -> None:
     block.self_attn.o_proj.weight = nn.Parameter(torch.randn_like(block.self_attn.o_proj.weight) / 8)
     block.input_layernorm.weight.data = torch.rand_like(block.input_layernorm.weight)
     assert run()
+    old = block.mlp.gate_proj.weight.data
+    block.mlp.gate_proj.weight.data = old.T.contiguous().T  # the same numbers, laid out otherwise
+    assert not run()
+    block.mlp.gate_proj.weight.data = old
+    assert run()
+    parametrize.register_parametrization(block.self_attn.k_proj, "weight", _Halved())
+    assert not run()
+
+
+class _Halved(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
 
 
 def _louder(module: nn.Module, args: Any, out: Any) -> Any:
@@ -220,7 +233,7 @@ def test_blocks_that_only_look_alike_are_found_out(
                 self._numbers[2] *= 1.1
             else:
                 for at in range(0, len(self._slots), compiled.PER_LAYER):
-                    self._slots[at] = ({"weight": self._slots[at][0]["weight"] + 1}, "weight")
+                    self._slots[at] = ({"weight": self._slots[at][0]["weight"] + 1}, *self._slots[at][1:])
 
         monkeypatch.setattr(blocks.Compiled, "_learn", mutant)
     lm = CausalLM(tiny_model(family, **changes), reuse=False)
