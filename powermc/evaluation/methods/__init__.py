@@ -1,0 +1,31 @@
+"""Ways to answer questions with a language model, side by side, found by name."""
+
+from __future__ import annotations
+
+from powermc.evaluation.methods.base import (
+    COUNTS,
+    Answer,
+    Answers,
+    Method,
+    Question,
+    Terms,
+    get,
+    names,
+    parse,
+    register,
+    with_options,
+)
+
+__all__ = [
+    "COUNTS",
+    "Answer",
+    "Answers",
+    "Method",
+    "Question",
+    "Terms",
+    "get",
+    "names",
+    "parse",
+    "register",
+    "with_options",
+]
