@@ -155,7 +155,7 @@ def register(method: M) -> M:
     if method.name in _methods:
         raise ArgumentError(f"there is a method {method.name!r} already")
     if any(sign in method.name for sign in ":,="):
-        raise ArgumentError(X)
+        raise ArgumentError(f"a method's name may hold none of : , = (they end it in a spec), got {method.name!r}")
     _methods[method.name] = method
     return method
 
