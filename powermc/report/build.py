@@ -50,15 +50,15 @@ def page(run: Run) -> str:
     """The report of a run as HTML. Raises `ModelError` without the packages of the extra `report`."""
     jinja, markup, plotly = _needed()
     found = report(run)
-    script = "(() => {\n'use strict';\n" + "\n".join(_source(f"{name}.js") for name in _SCRIPTS) + "})();\n"
+    script = "(() => {\n'use strict';\n" + "\n".join(source(f"{name}.js") for name in _SCRIPTS) + "})();\n"
     template = jinja.Environment(autoescape=True, undefined=jinja.StrictUndefined, trim_blocks=True).from_string(
-        _source("report.html.j2")
+        source("report.html.j2")
     )
     return template.render(
         **found.text,
         version=__version__,
-        policy=_policy(script, plotly),
-        style=markup(_source("report.css")),
+        policy=policy(script, plotly),
+        style=markup(source("report.css")),
         script=markup(script),
         plotly=markup(plotly),
         blocks=[(name, markup(_json(data))) for name, data in blocks(found)],
@@ -89,7 +89,8 @@ def _needed() -> tuple[Any, Any, str]:
         ) from error
 
 
-def _source(name: str) -> str:
+def source(name: str) -> str:
+    """A file of `page/`."""
     return (resources.files("powermc.report") / "page" / name).read_text(encoding="utf-8")
 
 
@@ -99,7 +100,7 @@ def _json(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _policy(*scripts: str) -> str:
+def policy(*scripts: str) -> str:
     """Nothing is loaded; the scripts given run, and nothing else. Styles are inline as plotly sets them."""
     hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts)
     allowed = " ".join(f"'sha256-{h}'" for h in hashes)

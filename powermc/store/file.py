@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ FORMAT = 1
 
 BUSY = 5.0
 """Seconds to wait for another program that holds the file."""
+
+Execute = Callable[..., sqlite3.Cursor]
 
 SCHEMA = """
 CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -99,19 +101,24 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
     return connection
 
 
-def recognise(connection: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file holds a store; False if it holds nothing at all. Raises `StoreError` for anything else."""
+def recognise(
+    connection: sqlite3.Connection, path: Path, *, application: int = APPLICATION, newest: int = FORMAT
+) -> bool:
+    """Whether the file holds a store; False if it holds nothing at all. Raises `StoreError` for anything else.
+
+    `application`, `newest`: the kind of store that is looked for, and the newest format of it that can be read.
+    """
     with explained(path):
-        application = connection.execute("PRAGMA application_id").fetchone()[0]
+        found = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if application == 0 and tables == 0:
+    if found == 0 and tables == 0:
         return False
-    if application != APPLICATION:
+    if found != application:
         raise StoreError(f"{path}: it is a database of another program, and is left alone; name another file")
-    if version > FORMAT:
+    if version > newest:
         raise StoreError(
-            f"{path}: it was written by a newer powermc (format {version}, this one knows {FORMAT}); "
+            f"{path}: it was written by a newer powermc (format {version}, this one knows {newest}); "
             "upgrade: pip install --upgrade powermc"
         )
     return True
@@ -178,6 +185,23 @@ def prepare_writing(connection: sqlite3.Connection, path: Path) -> None:
         raise StoreError(
             f"{path}: it is damaged ({found}); go back to a copy, or save what can be read: sqlite3 {path} .recover"
         )
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[Execute]:
+    """All or nothing; Ctrl-C inside is nothing. Yields what executes a statement."""
+    with explained(path):
+        try:
+            if connection.in_transaction:  # Ctrl-C found its way between two statements
+                connection.execute("ROLLBACK")
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection.execute
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                with suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+            raise
 
 
 def settle(connection: sqlite3.Connection) -> None:

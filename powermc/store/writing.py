@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import fields, replace
 from pathlib import Path as File
 from types import TracebackType
@@ -24,6 +23,7 @@ from powermc.store.file import (
     APPLICATION,
     FORMAT,
     SCHEMA,
+    Execute,
     check_place,
     connect,
     explained,
@@ -31,6 +31,7 @@ from powermc.store.file import (
     prepare_writing,
     recognise,
     settle,
+    transaction,
     unlock,
 )
 from powermc.store.header import Header, this_process
@@ -38,8 +39,6 @@ from powermc.store.packing import Layout, Tokenization, fields_from_json, text_d
 from powermc.store.reading import Reader, ledger_as_json
 
 _log = logging.getLogger(__name__)
-
-Execute = Callable[..., sqlite3.Cursor]
 
 
 class Store:
@@ -89,22 +88,9 @@ class Store:
         finally:
             unlock(self._lock)
 
-    @contextmanager
-    def transaction(self) -> Iterator[Execute]:
+    def transaction(self) -> AbstractContextManager[Execute]:
         """All or nothing; Ctrl-C inside is nothing. Yields what executes a statement."""
-        connection = self.connection
-        with explained(self.path):
-            try:
-                if connection.in_transaction:  # Ctrl-C found its way between two statements
-                    connection.execute("ROLLBACK")
-                connection.execute("BEGIN IMMEDIATE")
-                yield connection.execute
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    with suppress(sqlite3.Error):
-                        connection.execute("ROLLBACK")
-                raise
+        return transaction(self.connection, self.path)
 
     @property
     def reader(self) -> Reader:
