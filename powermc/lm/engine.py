@@ -87,6 +87,12 @@ class Engine:
             self._prompts.clear()
             self.pool.clear()
 
+    def forget(self) -> None:
+        """Forget what has been run, prompts included, but for what somebody's path still holds."""
+        self.pool.clear()
+        self._recent.clear()
+        self._prompts.clear()
+
     def keep(self, depth: int) -> None:
         """Keep the states at this depth from now on. Raises `ModelError` for a model that cannot be split there."""
         if depth not in self.rows.depths:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from powermc.evaluation.methods import plain, power  # noqa: F401  # they register themselves
 from powermc.evaluation.methods.base import (
     COUNTS,
     Answer,
     Answers,
     Method,
+    Prepared,
     Question,
     Terms,
     get,
     names,
     parse,
+    prepared,
     register,
     with_options,
 )
@@ -21,11 +24,13 @@ __all__ = [
     "Answer",
     "Answers",
     "Method",
+    "Prepared",
     "Question",
     "Terms",
     "get",
     "names",
     "parse",
+    "prepared",
     "register",
     "with_options",
 ]

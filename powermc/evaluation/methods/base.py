@@ -77,7 +77,8 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One answer to a question: a path (end token included), its text, and log p of it (nats; NaN: not known)."""
+    """One answer to a question: a path (end token included), its text up to the first stop string, which is left out,
+    and log p of the path (nats; NaN: not known)."""
 
     tokens: Tokens
     text: str
@@ -144,6 +145,19 @@ class Method(ABC):
     def options(self) -> dict[str, Any]:
         """All options, JSON-able."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+class Prepared(NamedTuple):
+    """What `Method.prepare` returned, and what the model was charged meanwhile: the price of the warm-up."""
+
+    method: Method
+    spent: Ledger
+
+
+def prepared(method: Method, model: CausalLM, prompts: Sequence[Prompt], terms: Terms) -> Prepared:
+    """`method.prepare`, with what it cost. A lens that is in the user's cache already costs nothing."""
+    before = model.ledger.copy()
+    return Prepared(method.prepare(model, prompts, terms), model.ledger.since(before))
 
 
 _methods: dict[str, type[Method]] = {}
