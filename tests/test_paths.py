@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from powermc.errors import ArgumentError
 from powermc.sequences import Path, Prompt, Space
+from powermc.sequences.path import agreement
 from powermc.testing import EndsWith, paths_of, prefixes_of
 from powermc.testing import strategies as toys
 
@@ -147,3 +148,9 @@ def test_a_path_that_nobody_scored_has_no_view():
 def test_an_unscored_path_has_no_probability_to_give():
     with pytest.raises(ArgumentError, match="not been scored"):
         _ = Path(Prompt(), (0,), False).log_prob
+
+
+@given(st.lists(st.integers(0, 2), max_size=6).map(tuple), st.lists(st.integers(0, 2), max_size=6).map(tuple))
+def test_how_far_two_paths_agree(a, b):
+    """By its definition: the longest beginning of one that the other begins with."""
+    assert agreement(a, b) == max(n for n in range(min(len(a), len(b)) + 1) if a[:n] == b[:n]) == agreement(b, a)

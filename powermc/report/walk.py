@@ -9,7 +9,7 @@ import numpy as np
 
 from powermc.report.packing import Alphabet, join, numbers, pack_scores
 from powermc.results import Chain
-from powermc.sequences.path import Path
+from powermc.sequences.path import Path, agreement
 
 NOT_TAKEN, MOVED, SAME, STAGE1, TURNED_DOWN, ABANDONED, NULL = range(7)
 """What a step came to; `page/data.js` has the same numbers."""
@@ -89,7 +89,7 @@ def _deltas(chain: Chain, blocks: np.ndarray, outcome: np.ndarray, alphabet: Alp
             keep[kind].append(None)
             lengths.append(0)
             return
-        shared = 0 if last is None else len(path) if path is last else _agreement(last.tokens, path.tokens)
+        shared = 0 if last is None else len(path) if path is last else agreement(last.tokens, path.tokens)
         keep[kind].append(shared)
         lengths.append(len(path) - shared)
         tails.append(np.array(path.tokens[shared:], dtype=np.int64))
@@ -122,12 +122,6 @@ def _scores(path: Path, start: int) -> np.ndarray:
     if path.log_p is not None:
         found[: len(path.log_p)] = path.log_p[: len(path)]
     return found[start:]
-
-
-def _agreement(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    if a == b:
-        return len(a)
-    return next((t for t, (u, v) in enumerate(zip(a, b, strict=False)) if u != v), min(len(a), len(b)))
 
 
 def _proposals(proposals: tuple[np.ndarray | None, ...], outcome: np.ndarray, alphabet: Alphabet) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from powermc.sequences.model import Autoregressive, Exponent, Token, Without
-from powermc.sequences.path import Path, Tokens
+from powermc.sequences.path import Path, Tokens, agreement
 from powermc.types import Choices, Field, Fields, Info, Steps
 
 DRAWN: Fields = {
@@ -55,18 +55,13 @@ class Block:
         log_p, entropy, margin, log_z = (
             np.concatenate((head[: self.cut], column)) for head, column in zip(heads, self.scores.T, strict=True)
         )
-        new = path.continued(_agreement(path.tokens, tokens), tokens, finished)
+        new = path.continued(agreement(path.tokens, tokens), tokens, finished)
         return new.with_scores(self.model, log_p, entropy, margin, {self.exponent: log_z}, self.cache)
 
     def info(self) -> Info:
         """`DRAWN` but the cut."""
         drawn = self.tokens[self.cut :]
         return {"proposal_length": len(drawn), "tokens": self.ran, "near_ties": self.near_ties, "proposed": drawn}
-
-
-def _agreement(a: Tokens, b: Tokens) -> int:
-    """How many tokens two paths have in common before they part."""
-    return next((t for t, (u, v) in enumerate(zip(a, b, strict=False)) if u != v), min(len(a), len(b)))
 
 
 def draw(

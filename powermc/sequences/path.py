@@ -24,6 +24,13 @@ _EMPTY = np.zeros(0)
 _EMPTY.flags.writeable = False
 
 
+def agreement(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two paths have in common before they part."""
+    if a == b:
+        return len(a)
+    return next((t for t, (u, v) in enumerate(zip(a, b, strict=False)) if u != v), min(len(a), len(b)))
+
+
 class Cache(Protocol):
     """A model's handle on the activations of prompt and path, position by position; immutable."""
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from powermc.sequences.path import Path, Tokens
+from powermc.sequences.path import Path, Tokens, agreement
 from powermc.types import Field, Fields, Info
 
 DECIMALS = 6
@@ -101,11 +101,6 @@ class Tokenization:
 def log_p_of(data: bytes) -> np.ndarray:
     """float64 of what `Delta.log_p` holds."""
     return np.frombuffer(data, dtype="<f4").astype(np.float64)
-
-
-def agreement(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two paths have in common before they part."""
-    return next((t for t, (u, v) in enumerate(zip(a, b, strict=False)) if u != v), min(len(a), len(b)))
 
 
 def text_to_bytes(text: str) -> bytes:
