@@ -81,7 +81,9 @@ def test_tables_on_screen_and_all_figures_in_the_file(cli, folder, tmp_path):
         assert [len(t["whole"]) for t in row["times"]] == [1, 1]
     assert set(found["overhead"]) == {"published, 1", "published-batched, 2"}
     assert [step["rows"] for step in found["floor"]["steps"]] == [1, 2, 4]
-    assert set(found["floor"]["steps"][0]) == {"rows", "step", "bandwidth_floor", "arithmetic_floor", "floor", "ratio"}
+    assert set(found["floor"]["steps"][0]) == {
+        *("rows", "step", "copy_floor", "read_floor", "arithmetic_floor", "ratio", "read_ratio")
+    }
     assert [saving["alpha"] for saving in found["savings"]] == [1, 2, 4]
     assert f"{folder}, 2 prompts, B 3, N 1, alpha 2, seed 0, end tokens ignored; least of 1 repeat." in screen
     lines = [line for line in screen.splitlines() if re.match(r"\| \d", line)]

@@ -68,7 +68,7 @@ def as_dict(
             derived = {name: getattr(row, name) for name in ("per_second", "per_second_whole", "seconds_per_prompt")}
             found["rows"].append({**asdict(row), **derived, "ratio": None if ratio is None else asdict(ratio)})
     if floor is not None:
-        steps = [{**asdict(step), "floor": step.floor, "ratio": step.ratio} for step in floor.steps]
+        steps = [{**asdict(step), "ratio": step.ratio, "read_ratio": step.read_ratio} for step in floor.steps]
         found["floor"] = {**asdict(floor), "steps": steps}
     return jsonable(found)
 
@@ -130,15 +130,19 @@ def scaling(result: Result) -> str:
 def floors(floor: Floor) -> str:
     """The rates of the machine, and one line per number of rows."""
     facts = (
-        f"{floor.weight_bytes / 1e6:.0f} MB of weights, {floor.bandwidth / 1e9:.1f} GB/s, "
+        f"{floor.weight_bytes / 1e6:.0f} MB of weights, {floor.copying / 1e9:.1f} GB/s copying (bytes read and "
+        f"written), {floor.reading / 1e9:.1f} GB/s reading at best, "
         f"{floor.throughput / 1e9:.0f} GFLOP/s, {floor.context} positions before the first step, median of "
         f"{floor.ticks} steps\n\n"
     )
-    head = ["rows", "step ms", "bandwidth floor ms", "arithmetic floor ms", "step / floor"]
+    head = [
+        "rows", "step ms", "copy floor ms", "read floor ms", "arithmetic floor ms", "step / copy floor",
+        "step / read floor",
+    ]  # fmt: skip
     lines = [
         [
-            s.rows, f"{s.step * 1e3:.1f}", f"{s.bandwidth_floor * 1e3:.1f}", f"{s.arithmetic_floor * 1e3:.1f}",
-            f"{s.ratio:.2f}",
+            s.rows, *(f"{t * 1e3:.1f}" for t in (s.step, s.copy_floor, s.read_floor, s.arithmetic_floor)),
+            f"{s.ratio:.2f}", f"{s.read_ratio:.2f}",
         ]
         for s in floor.steps
     ]  # fmt: skip
@@ -169,13 +173,18 @@ def speed_report(result: Result) -> str:
 
 def floor_report(floor: Floor) -> str:
     """Decode steps."""
-    return f"### Decode step over floor\n\n{floors(floor)}"
+    return f"### Decode step over floor\n\n{floors(floor)}\n\n{FLOOR_NOTE}"
 
 
 def savings_report(rows: Sequence[Saving]) -> str:
     """What was not run."""
     return f"### Proposed tokens never run through the layers\n\n{saved(rows)}"
 
+
+FLOOR_NOTE = (
+    "floor: the larger of the weights' bytes over bandwidth and the pass's operations over throughput; bandwidth of "
+    "copying, and of the fastest way to read."
+)
 
 NOTES = (
     "transitions/s: kernel steps of all chains per second, growth excluded. x published: over the published algorithm "

@@ -5,9 +5,11 @@ least
 
     floor = max(bytes of weights / bandwidth, FLOPs of the pass / throughput)
 
-Both rates are the best seen in the same run, between the steps: bandwidth over several ways of reading a buffer as
-large as the weights, throughput over products of square matrices in the model's dtype. What the floor leaves out: keys
-and values (see `context`), activations, and Python. Of a mixture of experts it counts all weights, used or not.
+Both rates are the best seen in the same run, between the steps: throughput over products of square matrices in the
+model's dtype, bandwidth over a buffer as large as the weights. There are two bandwidths: that of copying, bytes read
+and written, which is what a machine's memory is commonly rated by (STREAM's Copy); and that of the fastest of several
+ways to read only, which nothing that does anything with the bytes can pass. What the floor leaves out: keys and values
+(see `context`), activations, and Python. Of a mixture of experts it counts all weights, used or not.
 """
 
 from __future__ import annotations
@@ -36,30 +38,36 @@ _WARM = 3
 
 @dataclass(frozen=True)
 class Step:
-    """One line: a decode step of `rows` rows, layers, head and draw. All in seconds; `step` is the median."""
+    """One line: a decode step of `rows` rows, layers, head and draw. All in seconds; `step` is the median.
+
+    copy_floor, read_floor: the weights at the bandwidth of copying and of reading.
+    """
 
     rows: int
     step: float
-    bandwidth_floor: float
+    copy_floor: float
+    read_floor: float
     arithmetic_floor: float
 
     @property
-    def floor(self) -> float:
-        return max(self.bandwidth_floor, self.arithmetic_floor)
+    def ratio(self) -> float:
+        """Step over floor, by the bandwidth of copying."""
+        return self.step / max(self.copy_floor, self.arithmetic_floor)
 
     @property
-    def ratio(self) -> float:
-        """Step over floor; at least 1 in theory."""
-        return self.step / self.floor
+    def read_ratio(self) -> float:
+        """Step over floor, by the bandwidth of reading; at least 1 in theory."""
+        return self.step / max(self.read_floor, self.arithmetic_floor)
 
 
 @dataclass(frozen=True)
 class Floor:
-    """weight_bytes: read by a pass; bandwidth in bytes per second; throughput in FLOPs per second; context: positions
-    of each row before the first step; ticks: steps measured per number of rows."""
+    """weight_bytes: read by a pass; copying (read and written), reading: bytes per second; throughput in FLOPs per
+    second; context: positions of each row before the first step; ticks: steps measured per number of rows."""
 
     weight_bytes: int
-    bandwidth: float
+    copying: float
+    reading: float
     throughput: float
     context: int
     ticks: int
@@ -89,17 +97,19 @@ def floor(model: CausalLM, prompt: Prompt, *, rows: Sequence[int] = ROWS, ticks:
     weights = weight_bytes(model.decoder.model)
     device = model.decoder.device
     buffer = torch.ones(max(weights // 4 // 1024, 1), 1024, device=device)
-    bandwidth = throughput = 0.0
+    copying = reading = throughput = 0.0
     seconds: dict[int, list[float]] = {n: [] for n in usable}
     for _ in range(rounds):
-        bandwidth = max(bandwidth, *(buffer.nbytes / t for t in _reading(buffer)))
+        copying = max(copying, 2 * buffer.nbytes / _copying(buffer))
+        reading = max(reading, *(buffer.nbytes / t for t in _reading(buffer)))
         throughput = max(throughput, _throughput(model.decoder.dtype, device))
         for n in usable:
             seconds[n] += decode_steps(model, prompt, n, ticks)
     cost, visible = model.engine.cost, len(prompt.ids) + _WARM + ticks / 2
     flops = cost.span(0, model.depth, visible) + cost.head
-    steps = [Step(n, statistics.median(seconds[n]), weights / bandwidth, n * flops / throughput) for n in usable]
-    return Floor(weights, bandwidth, throughput, len(prompt.ids), rounds * ticks, tuple(steps))
+    floors = (weights / copying, weights / reading)
+    steps = [Step(n, statistics.median(seconds[n]), *floors, n * flops / throughput) for n in usable]
+    return Floor(weights, copying, reading, throughput, len(prompt.ids), rounds * ticks, tuple(steps))
 
 
 def decode_steps(model: CausalLM, prompt: Prompt, rows: int, ticks: int) -> list[float]:
@@ -122,12 +132,17 @@ def decode_steps(model: CausalLM, prompt: Prompt, rows: int, ticks: int) -> list
 
 
 def _reading(buffer: torch.Tensor) -> list[float]:
-    """Seconds to read a (n, 1024) float32 buffer once, by several ways; copying is counted by the half it reads."""
+    """Seconds to read a (n, 1024) float32 buffer once, by several ways."""
     n, width = buffer.shape
     row, column = buffer.new_ones(width), buffer.new_ones(n)
-    target = torch.empty_like(buffer)
     ways: list[Callable[[], Any]] = [buffer.sum, lambda: buffer.mv(row), lambda: buffer.t().mv(column)]
-    return [*map(_seconds, ways), _seconds(lambda: target.copy_(buffer)) / 2]
+    return [*map(_seconds, ways)]
+
+
+def _copying(buffer: torch.Tensor) -> float:
+    """Seconds to copy a buffer to memory that has been written before; the second time of two."""
+    target = buffer.clone()
+    return min(_seconds(lambda: target.copy_(buffer)) for _ in range(2))
 
 
 def _throughput(dtype: torch.dtype, device: torch.device) -> float:

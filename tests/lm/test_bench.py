@@ -123,7 +123,7 @@ def test_rates_and_ratios_by_hand() -> None:
     assert (ratio.raw, ratio.whole, ratio.per_token) == pytest.approx((3.0, 8 / 2.4, 3.0 * 3 / 4))
     assert found.ratio(lost) is None, "another horizon"
     assert math.isnan(lost.per_second)
-    machine_floor = Floor(1000, 1e9, 1e9, 3, 4, (Step(1, 3e-6, 1e-6, 2e-6),))
+    machine_floor = Floor(1000, 1e9, 2e9, 1e9, 3, 4, (Step(1, 3e-6, 1e-6, 5e-7, 2e-6),))
     saved = [Saving(4.0, 10, 100, 90, 0.2, 0.1, 0.05, 3, True)]
     told = json.loads(json.dumps(as_dict("m", 2, found.plan, found, machine_floor, saved), allow_nan=False))
     assert told["rows"][2]["per_second"] is None
@@ -182,11 +182,13 @@ def test_the_floor(lm: CausalLM) -> None:
     assert [step.rows for step in found.steps] == [1, 2, 4, 8]  # max_rows
     assert found.weight_bytes == weight_bytes(lm.decoder.model)
     one, *_, eight = found.steps
-    assert one.bandwidth_floor == eight.bandwidth_floor == found.weight_bytes / found.bandwidth
+    assert one.copy_floor == eight.copy_floor == found.weight_bytes / found.copying
+    assert one.read_floor == eight.read_floor == found.weight_bytes / found.reading
     assert eight.arithmetic_floor == pytest.approx(8 * one.arithmetic_floor)
     flops = lm.engine.cost.span(0, lm.depth, 3 + 3 + 1) + lm.engine.cost.head
     assert one.arithmetic_floor * found.throughput == pytest.approx(flops)
-    assert Step(1, 6.0, 2.0, 3.0).ratio == 2.0
+    step = Step(1, 12.0, 4.0, 2.0, 3.0)
+    assert (step.ratio, step.read_ratio) == (3.0, 4.0)
     for change in ({"ticks": 0}, {"rounds": 0}, {"rows": (9, 16)}):
         with pytest.raises(ArgumentError, match="needs ticks and rounds of at least 1 and rows from 1 to 8"):
             floor(lm, PROMPTS[0], **change)  # type: ignore[arg-type]
