@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from powermc._version import __version__
-from powermc.cli import commands, sampling
+from powermc.cli import commands, evaluating, sampling
 from powermc.cli.command import add, failed
 from powermc.cli.help import PlainGroup
 
@@ -47,10 +47,14 @@ def _root(
         raise typer.Exit(2)
 
 
-SAMPLING, STORES, TUNING, MACHINE = "Sampling", "Stored runs", "Early exit", "This machine"
+SAMPLING, COMPARING, STORES = "Sampling", "Comparing methods", "Stored runs"
+TUNING, MACHINE = "Early exit", "This machine"
 
 add(app, "sample", sampling.Sample, SAMPLING)
 add(app, "resume", sampling.Resume, SAMPLING)
+add(app, "eval", evaluating.Eval, COMPARING)
+add(app, "ablate", evaluating.Ablate, COMPARING)
+add(app, "table", evaluating.Table, COMPARING)
 add(app, "show", commands.Show, STORES)
 add(app, "report", commands.Report, STORES)
 add(app, "merge", commands.Merge, STORES)

@@ -6,7 +6,10 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-ORDER = ("Arguments", "Options", "Target and chains", "Early exit", "Model", "Store", "Output", "Configuration")
+ORDER = (
+    *("Arguments", "Options", "Questions", "Target and chains", "Early exit", "Model", "Workers", "Store", "Output"),
+    "Configuration",
+)
 """Of the headings of a command's options."""
 
 
