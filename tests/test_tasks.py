@@ -37,7 +37,7 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def test_unknown_tasks_are_told_what_there_is():
-    with pytest.raises(ArgumentError, match="no task 'gsm9k'; there are countdown, gpqa-diamond, gsm8k, humaneval, "):
+    with pytest.raises(ArgumentError, match="no task 'gsm9k'; there are arithmetic, countdown, gpqa-diamond, gsm8k, "):
         tasks.get("gsm9k")
     with pytest.raises(ArgumentError, match="no task 'x'"):
         tasks.load("x")

@@ -11,6 +11,7 @@ A task of one's own is a `Task` given to `register`. Needs no torch.
 
 from __future__ import annotations
 
+from powermc.evaluation.tasks.arithmetic import ARITHMETIC
 from powermc.evaluation.tasks.base import (
     STYLES,
     Grade,
@@ -33,6 +34,7 @@ from powermc.evaluation.tasks.reading import load
 from powermc.evaluation.tasks.sandbox import Limits, SandboxError, containment
 
 __all__ = [
+    "ARITHMETIC",
     "COUNTDOWN",
     "GPQA",
     "GSM8K",
