@@ -17,6 +17,9 @@ import torch
 from powermc.lm.exits import EarlyExit
 from powermc.lm.rows import Prefix
 
+WINDOW = 512
+"""Over how many of the latest positions the running mean is."""
+
 
 class Drift:
     """Watches one exit. At each completion a few positions of the tail are read by both heads, and KL(p || p~) taken.
@@ -31,7 +34,7 @@ class Drift:
         How many positions of each completed tail are read, evenly spaced. Each costs two heads, counted in the ledger.
     """
 
-    def __init__(self, exit: EarlyExit, *, window: int = 512, positions: int = 2) -> None:
+    def __init__(self, exit: EarlyExit, *, window: int = WINDOW, positions: int = 2) -> None:
         self.exit, self.positions = exit, positions
         self.seen = 0
         self._recent: deque[float] = deque(maxlen=window)

@@ -85,3 +85,41 @@ class LikeliestAtExit:
             logits = self.exit.logits(torch.stack(last), np.full(len(last), -1))
             for row, token in zip(rows, logits.argmax(1).tolist(), strict=True):
                 row.guess((*row.ahead, token))
+
+
+class Counted:
+    """Another guesser, with every row guessing as many tokens as one alone would; counts what is guessed, and right.
+
+    rows: the most that decode side by side. A guess behind which a draft ended is counted as far as it was drawn.
+    """
+
+    def __init__(self, guesser: Guesser, rows: int) -> None:
+        self._guesser, self._rows = guesser, rows
+        self._open: dict[int, tuple[DecoderRow, int, tuple[int, ...]]] = {}
+        self._guessed = self._right = 0
+
+    @property
+    def tokens(self) -> int:
+        return (self._guesser.tokens + 1) * self._rows - 1  # `share` leaves that many to each row
+
+    def guess(self, rows: Sequence[DecoderRow], most: int) -> None:
+        for row in rows:
+            self._close(row)
+        self._guesser.guess(rows, min(most, self._guesser.tokens))
+        for row in rows:
+            self._open[id(row)] = (row, len(row.ids), tuple(row.ahead))
+
+    def _close(self, row: DecoderRow) -> None:
+        """Count the row's latest guess, which it has drawn beyond."""
+        if id(row) not in self._open:
+            return
+        _, at, guess = self._open.pop(id(row))
+        self._guessed += len(guess)
+        drawn = row.ids[at : at + len(guess)]
+        self._right += next((i for i, (u, v) in enumerate(zip(guess, drawn, strict=False)) if u != v), len(drawn))
+
+    def counts(self) -> tuple[int, int]:
+        """How many tokens were guessed, and how many of them were drawn. Rows are forgotten: ask when they are done."""
+        for row, _, _ in list(self._open.values()):
+            self._close(row)
+        return self._guessed, self._right

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from powermc.evaluation.methods import plain, power  # noqa: F401  # they register themselves
+from powermc.evaluation.methods import (  # noqa: F401  # they register themselves
+    beams,
+    early_exits,
+    layers,
+    plain,
+    power,
+    published,
+    voting,
+)
 from powermc.evaluation.methods.base import (
     COUNTS,
     Answer,

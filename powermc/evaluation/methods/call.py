@@ -93,22 +93,35 @@ class Call:
         return own.step(0).at(purpose)
 
     def draws(
-        self, purpose: str, *, exponent: float = 1.0, rule: Rule | None = None, candidates: int = 1, once: bool = False
+        self,
+        purpose: str,
+        *,
+        temperature: float = 1.0,
+        rule: Rule | None = None,
+        candidates: int = 1,
+        once: bool = False,
     ) -> dict[Key, Path]:
-        """Paths drawn token by token, from p^exponent normalised, or by a rule on its log weights.
-
-        `candidates` for every sample; `once`: for one sample, where all are the same.
-        """
+        """Paths by `written`, as many `candidates` for every sample; `once`: for one sample, where all are the same."""
 
         def program(key: Key) -> Steps[Path]:
-            choices: Choices = self.stream(purpose, key)
-            if rule is not None:
-                choices = ByRule(rule, choices)
-            path = yield self.model.score(Path(self.prompts[key.prompt], (), finished=False), (exponent,))
-            path, _, _ = yield from draft(self.model, self.space, path, 0, 1 / exponent, choices)
+            path = yield from self.written(key, purpose, temperature, rule)
             return path.detached()
 
         return self.run(program, candidates=candidates, once=once)
+
+    def written(self, key: Key, purpose: str, temperature: float = 1.0, rule: Rule | None = None) -> Steps[Path]:
+        """A path drawn token by token, from p^(1/temperature) normalised, or by a rule on its log weights."""
+        choices: Choices = self.stream(purpose, key)
+        if rule is not None:
+            choices = ByRule(rule, choices)
+        path = yield from self.empty(key, 1 / temperature)
+        path, _, _ = yield from draft(self.model, self.space, path, 0, temperature, choices)
+        return path
+
+    def empty(self, key: Key, *exponents: float) -> Steps[Path]:
+        """The path of no tokens, to be continued by draws from these powers of p; its prompt is run."""
+        path = yield self.model.score(Path(self.prompts[key.prompt], (), finished=False), exponents)
+        return path
 
     def run(
         self, program: Callable[[Key], Steps[T]], *, candidates: int = 1, once: bool = False, width: int = 1
@@ -226,6 +239,6 @@ def forget_all(model: Any) -> None:
         forget()
 
 
-def exponent_of(temperature: float | None, terms: Terms) -> float:
-    """1 / temperature; alpha where there is none."""
-    return terms.alpha if temperature is None else 1 / temperature
+def temperature_of(temperature: float | None, terms: Terms) -> float:
+    """This, or 1/alpha where there is none."""
+    return 1 / terms.alpha if temperature is None else temperature

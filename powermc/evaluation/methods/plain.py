@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from powermc.evaluation.methods.base import Answers, Method, Question, Terms, register
-from powermc.evaluation.methods.call import Call, exponent_of
+from powermc.evaluation.methods.call import Call, temperature_of
 from powermc.evaluation.methods.checks import check_share, check_temperature
 from powermc.types import Choices
 
@@ -49,7 +49,7 @@ class Temperature(Method):
 
     def answer(self, model: Any, questions: Sequence[Question], terms: Terms, samples: range) -> Answers:
         call = Call(model, questions, terms, samples)
-        return call.answers(call.draws(TEMPERATURE, exponent=exponent_of(self.temperature, terms)), call.first)
+        return call.answers(call.draws(TEMPERATURE, temperature=temperature_of(self.temperature, terms)), call.first)
 
 
 @register
@@ -89,7 +89,9 @@ class Nucleus(Method):
         def rule(log_weights: np.ndarray, choices: Choices) -> int:
             return choices.categorical(nucleus(log_weights, self.top_p))
 
-        return call.answers(call.draws(self.name, exponent=exponent_of(self.temperature, terms), rule=rule), call.first)
+        return call.answers(
+            call.draws(self.name, temperature=temperature_of(self.temperature, terms), rule=rule), call.first
+        )
 
 
 def likeliest(log_weights: np.ndarray, choices: Choices) -> int:

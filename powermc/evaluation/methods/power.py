@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from powermc.evaluation.methods.base import Answers, Method, Question, Terms, register
 from powermc.evaluation.methods.call import Call, Key
+from powermc.evaluation.methods.checks import check_counts
 from powermc.power import power_sample
 from powermc.results import Run
 from powermc.sequences.path import Path
@@ -21,7 +23,8 @@ class Power(Method):
     """`power_sample` with kernel "metropolis"; the answer is the last draw of a chain, a sample's number its chain's.
 
     Options are those of `power_sample`: temperature (of the proposals; none: min(1, 1/alpha)), block_size, steps (per
-    block), draws (on the last block; none: steps), scope, cut, early_rejection.
+    block), draws (on the last block; none: steps), scope, cut, early_rejection. speculate: how many tokens a row that
+    decodes alone guesses from earlier text, >= 0 (`powermc.lm.guesses`); it changes no draw.
     """
 
     name: ClassVar[str] = "power"
@@ -34,13 +37,19 @@ class Power(Method):
     scope: str | None = None
     cut: str = "length"
     early_rejection: bool = True
+    speculate: int = 0
 
     def __post_init__(self) -> None:
-        Settings(**self.options())
+        check_counts(self, speculate=0)
+        Settings(**self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options().items() if name != "speculate"}
 
     def answer(self, model: Any, questions: Sequence[Question], terms: Terms, samples: range) -> Answers:
         call = Call(model, questions, terms, samples)
-        found, counts = chains(call, kernel="metropolis", **self.options())
+        with model.engine.guessing(self.speculate) if self.speculate else nullcontext():
+            found, counts = chains(call, kernel="metropolis", **self._settings())
         return call.answers(found, call.first, counts)
 
 
@@ -98,4 +107,9 @@ def counted(run: Run) -> dict[str, float]:
     if (stages := run.stages) is not None:
         counts["screened"], counts["passed"] = stages.screened, stages.passed
         counts["completed"] = stages.passed + stages.gated
+    if measured := run.early_exit.get("kl_positions", 0):
+        from powermc.lm.drift import WINDOW
+
+        counts["kl_tokens"] = min(measured, WINDOW)  # the mean is over the latest ones
+        counts["kl"] = run.early_exit["kl"] * counts["kl_tokens"]
     return counts
