@@ -130,28 +130,25 @@ def graded(rows: dict[int, list[Given]]) -> np.ndarray:
 
 
 def share(grades: np.ndarray) -> tuple[Interval, str]:
-    """The share of right answers with a 95% interval over questions, and which.
+    """The share of right answers with a 95% interval over questions, and which: see `interval_of`."""
+    return interval_of(metrics.exact_match(grades))
 
-    Wilson's for one sample per question; BCa for more, but Wilson's where all questions are alike and the bootstrap
-    sees no spread.
+
+def interval_of(values: np.ndarray) -> tuple[Interval, str]:
+    """The mean of one value per question with a 95% interval: Wilson's if all are 0 or 1, or alike, else BCa.
+
+    Where all are alike the bootstrap sees no spread.
     """
-    means = metrics.exact_match(grades)
-    if grades.shape[1] > 1 and np.ptp(means) > 0:
-        return metrics.bootstrap(means), "bca"
-    mean = float(means.mean())
-    return Interval(mean, *wilson(mean, len(means))), "wilson"
+    if np.isin(values, (0, 1)).all() or np.ptp(values) == 0:
+        mean = float(values.mean())
+        return Interval(mean, *wilson(mean, len(values))), "wilson"
+    return metrics.bootstrap(values), "bca"
 
 
 def _pass_at(grades: np.ndarray, k: int, same: bool) -> Interval | None:
     """None where there are too few samples. Samples that are all the same add nothing to the first."""
     n = grades.shape[1]
-    if k > n and not same:
-        return None
-    values = metrics.pass_at_k(grades, min(k, n))
-    if len(values) < 2 or np.ptp(values) == 0:
-        mean = float(values.mean())
-        return Interval(mean, *wilson(mean, len(values)))
-    return metrics.bootstrap(values)
+    return None if k > n and not same else interval_of(metrics.pass_at_k(grades, min(k, n)))[0]
 
 
 def _spread(rows: dict[int, list[Given]]) -> dict[str, float | None]:

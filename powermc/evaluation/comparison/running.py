@@ -77,7 +77,6 @@ def compare(
     executor = InProcess() if executor is None else executor
     grading.check(plan.task, plan.items[0])
     with Results(folder / FILE) as results:
-        done = 0
         try:
             source = model if isinstance(model, Source) else None
             live = model if source is None else (loader or source.load)()
@@ -94,10 +93,10 @@ def compare(
                     del live, model
                     gc.collect()  # workers hold models of their own
                     live = None
-                done = _work(results, plan, left, executor, job, live, display)
+                return _work(results, plan, left, executor, job, live, display)
         except KeyboardInterrupt:
-            return Outcome(done, True)
-        return Outcome(done, False)
+            return Outcome(0, True)
+        return Outcome(0, False)
 
 
 def folder_of(out: str | os.PathLike[str]) -> Path:
@@ -187,8 +186,8 @@ def _work(
     job: Job,
     model: Any,
     display: Display | None,
-) -> int:
-    """Do the units; returns how many were done."""
+) -> Outcome:
+    """Do the units."""
     if display is not None:
         display.total = len(left)
 
@@ -196,11 +195,14 @@ def _work(
         if display is not None:
             display.begin(f"{unit.name} of {len(plan.items)}")
 
-    done = 0
-    with executor:
-        executor.begin(job, model)
-        for result in executor.results(left, told):
-            keep(results, plan.task, plan.items, result)
-            done += 1
+    done, interrupted = 0, False
+    try:
+        with executor:
+            executor.begin(job, model)
+            for result in executor.results(left, told):
+                keep(results, plan.task, plan.items, result)
+                done += 1
+    except KeyboardInterrupt:
+        interrupted = True
     absorb(results, plan.task, plan.items, job.folder)
-    return done
+    return Outcome(done, interrupted)
