@@ -352,6 +352,8 @@ def test_the_code_of_the_page_runs(model, folder, monkeypatch, capsys):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loaded)
     names = {}
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        if "integrations.vllm" in code:  # run by tests/test_vllm.py
+            continue
         if "lm_eval" in code and importlib.util.find_spec("lm_eval") is None:
             continue
         exec(code.replace('"examples/custom_generate"', repr(folder)), names)

@@ -111,7 +111,7 @@ MAY_IMPORT = {
     },
     "hf_call": {"errors", "power"},
     "hf": {"errors", "hf_call", "lm", "power", "results", "sequences"},
-    "integrations": {"errors", "lm", "power", "sequences"},
+    "integrations": {"errors", "types", "lm", "power", "sequences"},
 }  # fmt: skip
 
 
