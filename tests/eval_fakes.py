@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from powermc.choices import Stream
 from powermc.errors import ChainError
 from powermc.evaluation import methods, tasks
+from powermc.evaluation.comparison import Source
 from powermc.evaluation.methods import Answer, Answers, Method, Question, Terms
 from powermc.evaluation.tasks import Item, Task, Template
 from powermc.lm.ledger import Ledger
@@ -143,7 +144,7 @@ class Model(FakeLM):
 
 
 @dataclass(frozen=True)
-class FakeSource:
+class FakeSource(Source):
     """Loads `Model`."""
 
     name: str = "fake"

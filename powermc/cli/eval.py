@@ -83,7 +83,16 @@ def executor_of(chosen: Comparing) -> Executor:
         if chosen.workers is not None:
             raise ArgumentError("--executor none works here, without workers: leave --workers out")
         return InProcess()
-    raise ArgumentError("not there yet")
+    workers = 2 if chosen.workers is None else chosen.workers
+    if kind == "process":
+        from powermc.evaluation.comparison.pool import ProcessPool
+
+        return ProcessPool(workers)
+    from powermc.evaluation.comparison.ray_executor import RayExecutor
+
+    found = RayExecutor(workers, chosen.address or "auto")
+    found.connect()
+    return found
 
 
 def _compare(chosen: Comparing, specs: Sequence[str]) -> int:
@@ -104,7 +113,7 @@ def _compare(chosen: Comparing, specs: Sequence[str]) -> int:
             executor=executor,
             loader=partial(load, chosen.model, chosen.loader, console(sys.stderr), chosen.quiet),
             display=display,
-            session_facts={"executor": chosen.executor or "none", **resources},
+            session_facts={"executor": type(executor).__name__, **resources},
             header={"pass_at": pass_at, "reference": reference},
         )
     _show(chosen.out, as_json=chosen.json, quiet=chosen.quiet)

@@ -78,11 +78,12 @@ def _answer(spec: str, given: Given) -> dict[str, Any]:
 
 
 class Point(NamedTuple):
-    """A method in the picture; x and y in its units, `low` and `high` the ends of the interval."""
+    """A method in the picture, in its units; `low` and `high`: ends of the interval; `label`: where it is named."""
 
     name: str
     x: float
     y: float
+    label: float
     low: float
     high: float
     words: str
@@ -130,6 +131,7 @@ def picture(found: Sequence[Figures]) -> Picture | None:
             visible(f.spec),
             across(log),
             up(f.exact.estimate),
+            up(f.exact.estimate) - 6,
             up(f.exact.low),
             up(f.exact.high),
             f"{visible(f.spec)}: exact match {f.exact.estimate:.1%} ({f.exact.low:.1%} to {f.exact.high:.1%}), "
@@ -139,10 +141,27 @@ def picture(found: Sequence[Figures]) -> Picture | None:
     ]
     return Picture(
         *(_WIDTH, _HEIGHT, _LEFT, right, _TOP, bottom),
-        marks,
+        _apart(marks),
         [Tick(across(log), si(10**log).strip()) for log in _ticks(first, last)],
         [Tick(up(value), f"{value:.0%}") for value in _steps(most)],
     )
+
+
+_LETTER, _LINE = 6.6, 14
+
+
+def _apart(marks: Sequence[Point]) -> list[Point]:
+    """The points from left to right, names moved up until none stands on another."""
+    placed: list[Point] = []
+    for mark in sorted(marks, key=lambda point: point.x):
+        while any(
+            abs(mark.label - other.label) < _LINE and abs(mark.x - other.x) < _LETTER * (len(mark.name) + 1)
+            for other in placed
+            if other.x + _LETTER * (len(other.name) + 1) > mark.x
+        ):
+            mark = mark._replace(label=mark.label - _LINE)
+        placed.append(mark)
+    return placed
 
 
 def _ticks(first: float, last: float) -> list[float]:

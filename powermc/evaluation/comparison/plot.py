@@ -31,15 +31,14 @@ def accuracy_by_cost(shown: Tables) -> Figure:
         raise ModelError("no method has a known cost in FLOPs: there is nothing to draw")
     with plots._figure((7.5, 4.5)) as figure:
         axes = figure.add_subplot()
-        for f, colour in zip(found, plots._shades(len(found)), strict=True):
+        for i, f in enumerate(sorted(found, key=lambda f: f.flops or 0)):
             assert f.flops is not None
             low, middle, high = f.exact.low, f.exact.estimate, f.exact.high
             # A bootstrap interval need not hold its estimate.
             ends = [[max(middle - low, 0)], [max(high - middle, 0)]]
-            axes.errorbar(f.flops, middle, yerr=ends, fmt="o", color=colour, capsize=3, markersize=5)
-            axes.annotate(
-                f.spec.replace("$", r"\$"), (f.flops, middle), xytext=(6, 5), textcoords="offset points", fontsize=8
-            )
+            axes.errorbar(f.flops, middle, yerr=ends, fmt="o", color=plots.ACCENT, capsize=3, markersize=5)
+            place = {"xytext": (6, 5 if i % 2 else -11), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(f.spec.replace("$", r"\$"), (f.flops, middle), **place)
         axes.set_xscale("log")
         axes.set(xlabel="FLOPs per question", ylabel="exact match", title="Accuracy against cost")
         axes.margins(x=0.15)

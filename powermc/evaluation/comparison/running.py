@@ -75,6 +75,8 @@ def compare(
     """
     folder = folder_of(out)
     executor = InProcess() if executor is None else executor
+    if executor.apart and not isinstance(model, Source):
+        raise ArgumentError("workers load the model by name: give a Source, or run without workers")
     grading.check(plan.task, plan.items[0])
     with Results(folder / FILE) as results:
         try:
@@ -159,9 +161,9 @@ def _prepared(
 def _check_options(path: Path, entry: Entry, known: dict[str, Any]) -> None:
     """Raise `StoreError` where a spec no longer means what it meant: defaults may change from version to version."""
     for name, value in entry.method.options().items():
-        if known.get(name) != value:
+        if name in known and known[name] != value:
             raise StoreError(
-                f"{path}: its method {entry.spec!r} has {name} = {known.get(name)!r}, and {value!r} is what the spec "
+                f"{path}: its method {entry.spec!r} has {name} = {known[name]!r}, and {value!r} is what the spec "
                 f"means now; write {name} out for a method of its own, or use another folder"
             )
 

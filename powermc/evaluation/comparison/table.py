@@ -141,7 +141,8 @@ def _paired(pairs: Sequence[Comparison]) -> Table | None:
 
     def cells(one: Comparison) -> tuple[str, ...]:
         p = one.paired
-        ends = f"{p.difference.low:+.1%} to {p.difference.high:+.1%}"
+        spread = p.difference.low < p.difference.high  # else the bootstrap saw none, and says nothing
+        ends = f"{p.difference.low:+.1%} to {p.difference.high:+.1%}" if spread else ""
         counts = ("" if n is None else str(n) for n in (p.only_a, p.only_b))
         test = "" if p.p is None else f"{p.p:.3g}"
         return (visible(one.spec), str(one.questions), f"{p.difference.estimate:+.1%}", ends, *counts, test)
