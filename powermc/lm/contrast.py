@@ -34,8 +34,10 @@ class ContrastRow(DecoderRow):
 class LayerContrast(DepthOracle):
     """Rows that draw from q. Continue paths that the model itself has scored: `logits`, and scores, are the model's.
 
+    The engine must be keeping the states at `layers` (`Engine.keeping`) from before the prompts are run.
+
     layers: depths of the earlier layers, 1 to L - 1, at least one. plausible: in [0, 1]. Raises `ArgumentError` for
-    others, and `ModelError` for a model whose states between layers cannot be had.
+    others.
     """
 
     def __init__(self, model: CausalLM, layers: Sequence[int], plausible: float = 0.1, norm: bool = False) -> None:
@@ -49,8 +51,6 @@ class LayerContrast(DepthOracle):
             raise ArgumentError(f"plausible must lie between 0 and 1, got {plausible}")
         super().__init__(model.engine, depth)
         self.model, self.layers, self.plausible, self.norm = model, tuple(sorted(set(layers))), plausible, norm
-        for layer in self.layers:
-            model.engine.keep(layer)
 
     def branch(self, path: Path, cut: int) -> ContrastRow:
         return ContrastRow(self, path, cut)

@@ -7,7 +7,7 @@ that their positions have come to, whoever ran them that far, so that no positio
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -64,6 +64,7 @@ class Engine:
         self._recent: deque[Segment] = deque(maxlen=_RECENT_PROMPTS)
         self._parameters = list(model.parameters())
         self._weights: int | None = None
+        self._splits: set[int] = set()
 
     @contextmanager
     def guessing(self, tokens: int) -> Iterator[None]:
@@ -96,8 +97,22 @@ class Engine:
     def keep(self, depth: int) -> None:
         """Keep the states at this depth from now on. Raises `ModelError` for a model that cannot be split there."""
         if depth not in self.rows.depths:
-            self.check_split(depth)
+            if depth not in self._splits:
+                self.check_split(depth)
+                self._splits.add(depth)
             self.rows.keep(depth)
+
+    @contextmanager
+    def keeping(self, depths: Iterable[int]) -> Iterator[None]:
+        """Keep the states at these depths meanwhile."""
+        new = [depth for depth in depths if depth not in self.rows.depths]
+        for depth in new:
+            self.keep(depth)
+        try:
+            yield
+        finally:
+            for depth in new:
+                self.rows.drop(depth)
 
     def check_split(self, depth: int) -> float:
         """`Decoder.check_split`, after which no more is kept than before."""

@@ -51,8 +51,9 @@ class DoLa(Method):
         from powermc.lm.contrast import LayerContrast
 
         oracle = LayerContrast(model, self.depths(model.decoder.layers), self.plausible, self.norm)
-        call = Call(model, questions, terms, samples)
-        found = call.run(lambda key: self._written(call, oracle, key), once=True)
+        with model.engine.keeping(oracle.layers):
+            call = Call(model, questions, terms, samples)
+            found = call.run(lambda key: self._written(call, oracle, key), once=True)
         return call.answers(
             found,
             lambda _, answers: answers[0],
