@@ -249,9 +249,12 @@ def test_ray_gives_what_one_process_does(cluster, data, tmp_path):
 
 @needs_ray
 def test_a_cluster_that_cannot_be_reached(monkeypatch):
+    import ray
+
     from powermc.evaluation.comparison import ray_executor
 
-    for address in ("127.0.0.1:9", "ray://127.0.0.1:9", "nowhere"):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for address in ("127.0.0.1:9", "ray://127.0.0.1:9", "nowhere:port"):
         with pytest.raises(ArgumentError, match=f"cannot reach a Ray cluster at '{address}'"):
             ray_executor.RayExecutor(2, address).connect()
 
