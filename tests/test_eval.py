@@ -73,7 +73,7 @@ def test_a_comparison(data, tmp_path):
     assert sorted(fixed.answers) == [(q, 0) for q in range(10)], "one sample is enough of what is deterministic"
     assert dice.costs.ledger.spans == {(0, LAYERS): 200}
     assert dice.costs.counts == {"drawn": 80, "steps": 200, "accepted": 100, "changed": 0, "unfinished": 0}
-    assert (PREPARED, fixed.prepared) == (["fixed"], "fixed:scale=0.5")
+    assert (PREPARED, fixed.prepared) == (["fixed"], ("fixed", {"number": 7, "scale": 0.5}))
     assert (fixed.preparing.flops, fixed.costs.ledger.flops) == (5e9, 0)
     assert record.questions[3].reference == "3"
     for (q, _), given in dice.answers.items():
@@ -165,8 +165,9 @@ def test_control_c_keeps_what_was_committed(data, tmp_path):
     assert (outcome.interrupted, outcome.units) == (True, 2)
     assert [len(line.answers) for line in load(out).lines] == [3, 3]
     with closing(sqlite3.connect(out / "results.db")) as connection, connection:  # the same method, without Ctrl-C
-        connection.execute("UPDATE methods SET spec = 'dice', prepared = 'dice' WHERE method = 0")
-        connection.execute("UPDATE methods SET options = replace(options, '\"d4\"', 'null')")
+        connection.execute("UPDATE methods SET spec = 'dice' WHERE method = 0")
+        for column in ("options", "prepared"):
+            connection.execute(f"UPDATE methods SET {column} = replace({column}, '\"d4\"', 'null')")
     compare(plan(data), Model(), out)
     compare(plan(data), Model(), whole)
     assert answers(out) == answers(whole)

@@ -54,11 +54,14 @@ def _unfinished(line: Line) -> list[str]:
 
 
 def _prepared(line: Line) -> list[str]:
-    flops = line.preparing.flops
-    if not flops and line.prepared == line.spec.partition(":alpha=")[0]:
+    name, options = line.prepared
+    new = [f"{option} = {value}" for option, value in options.items() if line.options.get(option) != value]
+    other = name != line.spec.partition(":")[0]
+    if not new and not other and not line.preparing.flops:
         return []
-    cost = f"{si(flops)}FLOP and {line.preparing_seconds:.1f} s, not in the tables" if flops else "no cost"
-    return [f"{line.spec}: prepared once as {line.prepared} ({cost})."]
+    flops = line.preparing.flops
+    cost = f"{si(flops)}FLOP and {line.preparing_seconds:.1f} s, not in the tables" if flops else "at no cost"
+    return [f"{line.spec}: prepared once ({cost}) as {name}{' with ' if new else ''}{', '.join(new)}."]
 
 
 def _sessions(record: Record) -> list[str]:

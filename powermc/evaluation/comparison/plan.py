@@ -6,6 +6,7 @@ for this method instead of the comparison's: `power:steps=4:alpha=2`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
@@ -45,6 +46,17 @@ def entry(spec: str, terms: Terms) -> Entry:
         raise ArgumentError(f"{name}:alpha must be float, got {alphas[0]!r}") from None
     changed = replace(terms, alpha=alpha)
     return Entry(method.spec if alpha == terms.alpha else f"{method.spec}:alpha={alpha:g}", method, changed)
+
+
+def as_json(method: Method) -> str:
+    """A method with all its options: a spec would not do for one with a colon in it, such as some names of files."""
+    return json.dumps([method.name, method.options()])
+
+
+def from_json(text: str) -> Method:
+    """The inverse."""
+    name, options = json.loads(text)
+    return methods.get(name)(**options)
 
 
 def specs_of(text: str) -> list[str]:

@@ -57,13 +57,14 @@ class Costs:
 class Line:
     """One method: its spec and options, what it answered by (question, sample), what that and its preparation cost.
 
-    same: all samples of a question are the same answer, and only the first was asked for.
+    same: all samples of a question are the same answer, and only the first was asked for. prepared: the name and the
+    options of the method that answered.
     """
 
     spec: str
     options: Mapping[str, Any]
     same: bool
-    prepared: str
+    prepared: tuple[str, Mapping[str, Any]]
     answers: Mapping[tuple[int, int], Given]
     costs: Costs
     preparing: Ledger
@@ -106,7 +107,7 @@ class Reader:
             return [h for (h,) in self.connection.execute("SELECT hash FROM questions ORDER BY question")]
 
     def methods(self) -> dict[str, tuple[int, dict[str, Any], str]]:
-        """Spec to number, options and prepared spec, in the order in which they were added."""
+        """Spec to number, options and prepared method, in the order in which they were added."""
         query = "SELECT spec, method, options, prepared FROM methods ORDER BY method"
         with explained(self.path):
             rows = self.connection.execute(query).fetchall()
@@ -188,7 +189,7 @@ class Reader:
             spec,
             json.loads(options),
             bool(same),
-            prepared,
+            tuple(json.loads(prepared)),
             answers,
             Costs(len(answers), spent, dict(counts), taken, grading),
             ledger_from_json(ledger),

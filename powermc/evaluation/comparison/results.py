@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from powermc.errors import StoreError
-from powermc.evaluation.comparison.plan import Entry, Plan
+from powermc.evaluation.comparison.plan import Entry, Plan, as_json
 from powermc.evaluation.comparison.reading import Reader
 from powermc.evaluation.comparison.work import Result
 from powermc.evaluation.methods import Method
@@ -64,9 +64,9 @@ CREATE TABLE answers (
     error BLOB, correct INTEGER, answer BLOB, why BLOB, unit INTEGER NOT NULL,
     PRIMARY KEY (method, question, sample));
 """
-"""header: JSON values by name. methods: `same` says that all samples are the same answer, `prepared` is the spec of the
-method that answers; seconds and ledger are those of the preparation. units: `last` is the last sample, included.
-answers: correct, answer, why and a unit's `grading` (seconds) are NULL in a worker's file."""
+"""header: JSON values by name. methods: `same` says that all samples are the same answer, `prepared` is the method that
+answers, with all its options; seconds and ledger are those of the preparation. units: `last` is the last sample,
+included. answers: correct, answer, why and a unit's `grading` (seconds) are NULL in a worker's file."""
 
 
 class Results:
@@ -174,7 +174,7 @@ class Results:
         with self.transaction() as execute:
             number = execute("SELECT count(*) FROM methods").fetchone()[0]
             options = json.dumps({**entry.method.options(), "alpha of the target": entry.terms.alpha}, sort_keys=True)
-            facts = (prepared.spec, entry.method.deterministic, seconds, ledger_as_json(spent))
+            facts = (as_json(prepared), entry.method.deterministic, seconds, ledger_as_json(spent))
             execute("INSERT INTO methods VALUES (?, ?, ?, ?, ?, ?, ?)", (number, entry.spec, options, *facts))
         return number
 

@@ -14,14 +14,18 @@ from powermc.errors import ArgumentError, StoreError
 from powermc.evaluation.comparison import grading
 from powermc.evaluation.comparison.executors import Executor, InProcess, Job, Source, modules_of
 from powermc.evaluation.comparison.merging import absorb, keep
-from powermc.evaluation.comparison.plan import Entry, Plan, Unit, units
+from powermc.evaluation.comparison.plan import Entry, Plan, Unit, from_json, units
 from powermc.evaluation.comparison.results import FILE, Results
-from powermc.evaluation.methods import parse, prepared
+from powermc.evaluation.methods import prepared
 from powermc.sequences.path import Prompt
 from powermc.store.header import identity, session
 
 WORKERS = "workers"
 """The folder of the workers' files, in the comparison's."""
+
+
+PREPARED_ON = 8
+"""Methods are prepared on so many questions, the first ones: adding more changes nothing then."""
 
 
 class Display(Protocol):
@@ -145,14 +149,14 @@ def _prepared(
     entries: list[tuple[int, Entry]] = []
     for entry in plan.entries:
         if entry.spec in known:
-            number, options, spec = known[entry.spec]
+            number, options, ready = known[entry.spec]
             _check_options(results.path, entry, options)
-            method = parse(spec)
+            method = from_json(ready)
         else:
             if display is not None:
                 display.begin(f"preparing {entry.spec}")
             begun = time.perf_counter()
-            method, spent = prepared(entry.method, model, prompts, entry.terms)
+            method, spent = prepared(entry.method, model, prompts[:PREPARED_ON], entry.terms)
             number = results.learn_method(entry, method, time.perf_counter() - begun, spent)
         entries.append((number, Entry(entry.spec, method, entry.terms)))
     return entries

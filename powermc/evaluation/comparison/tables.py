@@ -78,7 +78,7 @@ def _method(line: Line, shown: Tables) -> dict[str, Any]:
     return {
         "spec": line.spec,
         "options": dict(line.options),
-        "prepared": line.prepared,
+        "prepared": {"method": line.prepared[0], "options": dict(line.prepared[1])},
         "figures": None if found is None else asdict(found),
         "grades": dict(kinds(line)),
         "counts": dict(line.costs.counts),
