@@ -26,12 +26,11 @@ _FLOOR = 0.01
 
 
 class Pair(NamedTuple):
-    """One proposal: log p~(y) - log p~(x), log p(y) - log p(x), nats; highest entropy and least margin of its tail."""
+    """One proposal: log p~(y) - log p~(x), log p(y) - log p(x), nats; highest entropy of its tail."""
 
     log_surrogate: float
     log_target: float
     entropy: float
-    margin: float
 
 
 def surrogate_name(surrogate: Any) -> str:
@@ -89,9 +88,7 @@ def pairs(
             seen = y.view(surrogate)
             assert seen is not None
             tail = slice(move.auxiliary.position, None)
-            found.append(
-                Pair(high - low, there - here, float(seen.entropy[tail].max()), float(seen.margin[tail].min()))
-            )
+            found.append(Pair(high - low, there - here, float(seen.entropy[tail].max())))
         return found
 
     streams = [Stream(seed, prompt=start.prompt.key, chain=i) for i, start in enumerate(starts)]

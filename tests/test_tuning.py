@@ -16,7 +16,7 @@ from tests.fake_lm import FakeLM, score
 
 
 def given(x: np.ndarray, y: np.ndarray) -> list[Pair]:
-    return [Pair(float(a), float(b), 0.0, 1.0) for a, b in zip(x, y, strict=True)]
+    return [Pair(float(a), float(b), 0.0) for a, b in zip(x, y, strict=True)]
 
 
 # The screening exponent.
@@ -64,7 +64,7 @@ def test_infinite_pairs_are_left_out_and_none_is_an_error():
 
 
 def test_the_entropy_threshold_is_a_quantile():
-    found = [Pair(0.0, 0.0, entropy, 1.0) for entropy in np.random.default_rng(0).permutation(101) / 100]
+    found = [Pair(0.0, 0.0, entropy) for entropy in np.random.default_rng(0).permutation(101) / 100]
     for gated in (0.1, 0.25, 0.9):
         eta = fit_eta(found, gated)
         assert eta == pytest.approx(1 - gated, abs=0.01)
@@ -73,7 +73,7 @@ def test_the_entropy_threshold_is_a_quantile():
 
 def test_the_threshold_lies_between_levels_that_were_seen():
     """Ties: few models have more than a handful of entropies at their worst token."""
-    found = [Pair(0.0, 0.0, entropy, 1.0) for entropy in (0.5, 0.5, 0.5, 1.5, 2.5, 2.5)]
+    found = [Pair(0.0, 0.0, entropy) for entropy in (0.5, 0.5, 0.5, 1.5, 2.5, 2.5)]
     assert [fit_eta(found, gated) for gated in (0.1, 0.3, 0.45, 0.9)] == [2.0, 2.0, 1.0, 1.0]
     assert fit_eta(found[:3], 0.5) == 0.5
 
@@ -174,7 +174,6 @@ def expected(model, surrogate, start, proposal, each, seed, index):
                 score(surrogate, y) - score(surrogate, start),
                 score(model, y) - score(model, start),
                 max(entropy for _, entropy, _ in rows),
-                min(margin for _, _, margin in rows),
             )
         )
     return found
