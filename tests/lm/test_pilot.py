@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -273,6 +274,26 @@ def test_effective_samples_are_a_number_within_bounds(chains: int, draws: int) -
     zigzag = np.tile(np.arange(draws) % 2, (chains, 1)).astype(float)
     for values in (once, last, zigzag, rng.normal(size=(chains, draws)), rng.normal(size=(chains, draws)).cumsum(1)):
         assert 0 < effective_samples(values) <= values.size
+
+
+@pytest.mark.parametrize("draws", [4, 5, 9, 10, 11, 64])
+@pytest.mark.parametrize("chains", [1, 2, 5])
+def test_effective_samples_are_those_of_arviz(chains: int, draws: int) -> None:
+    """Of chains that move; without ArviZ, which takes seconds to import."""
+    with warnings.catch_warnings():  # once a day it says at import that it is being rewritten
+        warnings.simplefilter("ignore", FutureWarning)
+        az = pytest.importorskip("arviz")
+    rng = np.random.default_rng(draws)
+    step = np.zeros((chains, draws))
+    step[:, draws // 2 :] = 1.0
+    walk = rng.normal(size=(chains, draws)).cumsum(1)
+    for values in (step, walk, rng.normal(size=(chains, draws)), walk.round()):
+        moving = values[np.ptp(values, axis=1) > 0]
+        if not len(moving):
+            continue
+        expected = min(float(az.ess(moving, method="bulk")), float(moving.size)) + len(values) - len(moving)
+        assert effective_samples(values) == pytest.approx(expected, rel=1e-8)
+    assert np.isnan(effective_samples(rng.normal(size=(chains, 3))))
 
 
 # The verdict.
