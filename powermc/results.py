@@ -130,9 +130,9 @@ class Run:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Run:
         """The run in a store, finished or not; see `powermc.load`."""
-        from powermc.store import load
+        from powermc.store import load_run
 
-        return load(path)
+        return load_run(path)
 
     @property
     def texts(self) -> list[list[str | None]]:

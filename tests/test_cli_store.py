@@ -193,7 +193,7 @@ def test_ctrl_c_while_looking(cli, monkeypatch, tmp_path):
     def pressed(file):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("powermc.cli.store.load", pressed)
+    monkeypatch.setattr("powermc.cli.store.kind", pressed)
     assert cli("show", tmp_path / "run.db") == (130, "", "interrupted\n")
 
 

@@ -24,7 +24,7 @@ def test_the_code_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(powermc.__dict__, "CausalLM", Loader)
     monkeypatch.chdir(tmp_path)
     names = {"prompts": ["a", "b"]}
-    first, second, third = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    first, second, third, fourth = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     exec(first.replace("draws=500", "draws=12"), names)
     assert (about("run.db").prompts, about("run.db").chains, about("run.db").draws) == (2, 8, 2 * 8 * 12)
     exec(second.replace("draws=2000", "draws=14"), names)
@@ -32,3 +32,5 @@ def test_the_code_runs(tmp_path, monkeypatch):
     exec(third, names)
     assert about("all.db").chains == 16
     assert about("all.db").done
+    exec(fourth.replace("draws=1000", "draws=10"), names)
+    assert [len(values) for values in names["samples"].values] == [10] * 4

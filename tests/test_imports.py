@@ -43,6 +43,11 @@ def test_the_toys_and_the_harness_need_no_language_model():
     assert not {"torch", "transformers", "arviz", "hypothesis", "pytest"} & after
 
 
+def test_samples_in_a_store_need_no_language_model():
+    after = top(modules_after("import powermc.store.samples_writing"))
+    assert not {"torch", "transformers", "arviz", "numba"} & after
+
+
 def test_tasks_and_metrics_need_no_language_model():
     after = top(modules_after("import powermc.evaluation.tasks, powermc.evaluation.metrics"))
     assert not {"torch", "transformers", "arviz", "math_verify", "sympy", "datasets"} & after
@@ -85,7 +90,7 @@ MAY_IMPORT = {
     "toy": {"errors", "types", "targets", "sequences"},
     "config": {"errors", "visible"},
     "progress": {"errors", "types", "sequences", "visible"},
-    "sampling": {"errors", "types", "choices", "scheduling", "sequences", "progress"},
+    "sampling": {"errors", "types", "choices", "scheduling", "sequences", "progress", "store"},  # a store, if asked
     "testing": {
         "errors", "types", "choices", "targets", "proposals", "scheduling", "kernels", "sequences", "toy",
     },
@@ -94,8 +99,8 @@ MAY_IMPORT = {
         "settings", "lm",
     },
     "store": {
-        "_version", "errors", "types", "early_exit", "lm", "power", "recording", "results", "sequences", "settings",
-        "stages",
+        "_version", "errors", "types", "early_exit", "lm", "power", "recording", "results", "sampling", "sequences",
+        "settings", "stages",
     },
     "diagnostics": {"errors", "sequences", "results"},
     "summary": {"diagnostics", "results"},

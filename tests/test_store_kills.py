@@ -39,9 +39,14 @@ def test_stopped_five_times(tmp_path):
     assert found["kills"] == 5
 
 
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_chains_of_a_kernel_killed_ten_times(tmp_path, sent):
+    assert kill_and_resume(tmp_path, kills=10, sent=sent, kernel="table", thin=2, say=quiet)["kills"] == 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize(("kernel", "thin"), [("metropolis", 1), ("early-exit", 3)])
+@pytest.mark.parametrize(("kernel", "thin"), [("metropolis", 1), ("early-exit", 3), ("table", 2)])
 def test_killed_a_hundred_times(tmp_path, sent, kernel, thin):
     found = kill_and_resume(tmp_path, kills=100, sent=sent, kernel=kernel, thin=thin, draws=150, say=quiet)
     assert found["kills"] == 100

@@ -11,7 +11,7 @@ from powermc.cli.sample import check_writable
 from powermc.cli.show import console, say
 from powermc.errors import ArgumentError
 from powermc.report import check_packages, write
-from powermc.store import load
+from powermc.store import load_run
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def report(file: Path, *, out: Path, open_browser: bool = False, quiet: bool) ->
         raise ArgumentError(f"{out} is the store itself; name another file for the report")
     check_writable(out)
     check_packages()
-    run = load(file)
+    run = load_run(file)
     write(run, out)
     _log.info("report written to %s", out)
     if not quiet:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from powermc import config as toml
+from powermc.cli import samples
 from powermc.cli.sample import load as load_model
 from powermc.cli.sample import show as show_run
 from powermc.cli.show import console, say
 from powermc.errors import ArgumentError
 from powermc.results import Run, jsonable
-from powermc.store import Facts, about, load
+from powermc.store import SAMPLES, Facts, about, kind, load_run
 from powermc.store import merge as merge_stores
 from powermc.store import resume as go_on
 from powermc.store.opening import header_of, settings_of
@@ -71,9 +72,11 @@ def show(file: Path, *, follow: bool, config: bool, as_json: bool) -> int:
         raise ArgumentError("give one of --follow, --config and --json; each prints something else")
     if follow:
         return _follow(file)
+    if kind(file) == SAMPLES:
+        return samples.show(file, config=config, as_json=as_json)
     if config:
         return _config(file)
-    run = load(file)
+    run = load_run(file)
     if as_json:
         _print_json(run, sys.stdout)
         return 0
@@ -101,25 +104,25 @@ def merge(files: Sequence[Path], out: Path) -> int:
 
 
 def _follow(file: Path) -> int:
-    shown = None
+    shown, ours = None, kind(file) != SAMPLES
     while True:
-        facts = about(file)
-        line = _progress(facts)
+        facts, line = _progress(file) if ours else samples.progress(file)
         if line != shown:
             print(line, flush=True)
             shown = line
         if facts.done:
             return 0
         if not facts.written:
-            print(visible(_go_on(file)), file=sys.stderr)
+            print(visible(_go_on(file) if ours else samples.GO_ON), file=sys.stderr)
             return 0
         time.sleep(POLL)
 
 
-def _progress(facts: Facts) -> str:
+def _progress(file: Path) -> tuple[Facts, str]:
+    facts = about(file)
     share = f"  accepted {facts.accepted / facts.steps:.0%}" if facts.steps else ""
     failed = f"  {facts.failed} failed" if facts.failed else ""
-    return (
+    return facts, (
         f"{facts.steps:,}/{facts.planned:,} steps{share}  {facts.draws:,} draws  {facts.tokens:,} tokens  "
         f"{facts.seconds:,.0f} s{failed}"
     )
@@ -141,7 +144,7 @@ def _go_on(file: Path) -> str:
 
 def _config(file: Path) -> int:
     header = header_of(file)
-    run = load(file)
+    run = load_run(file)
     settings = {**header.settings, "thin": header.thin if header.thin > 1 else None}
     settings["first_chain"] = header.first_chain or None
     options = {} if header.dtype is None else {"dtype": header.dtype}

@@ -28,8 +28,13 @@ BUSY = 5.0
 
 Execute = Callable[..., sqlite3.Cursor]
 
+HEADER = "CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
+"""JSON values by name. What a store holds is its `kind`; without one it is a run."""
+
+RUN, SAMPLES = "run", "samples"
+"""Kinds of a store: what `power_sample` draws, and what `sample` does."""
+
 SCHEMA = """
-CREATE TABLE header (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE prompts (prompt INTEGER PRIMARY KEY, key TEXT NOT NULL, ids BLOB NOT NULL, text BLOB NOT NULL);
 CREATE TABLE pieces (token INTEGER PRIMARY KEY, text BLOB NOT NULL);
 CREATE TABLE growth (
@@ -44,10 +49,21 @@ CREATE TABLE chains (
 CREATE TABLE totals (
     one INTEGER PRIMARY KEY CHECK (one = 1), seconds REAL NOT NULL, ledger TEXT NOT NULL, surrogate TEXT NOT NULL);
 """
-"""header: JSON values by name. growth, steps: one row per event, a path as what it shares with the one before it in
-its chain and the rest (`powermc.store.packing.Delta`), nothing where it stayed; `text` the same way, from the text
-before; `cost` what depends on more than the run. chains: where each chain is now, its whole path. totals: so far, and
-apart what a surrogate that is a model of its own ran."""
+"""Of a run. growth, steps: one row per event, a path as what it shares with the one before it in its chain and the rest
+(`powermc.store.packing.Delta`), nothing where it stayed; `text` the same way, from the text before; `cost` what depends
+on more than the run. chains: where each chain is now, its whole path. totals: so far, and apart what a surrogate that
+is a model of its own ran."""
+
+SAMPLES_SCHEMA = """
+CREATE TABLE steps (
+    chain INTEGER, step INTEGER, log_density BLOB NOT NULL, info BLOB NOT NULL, more TEXT, value TEXT,
+    PRIMARY KEY (chain, step));
+CREATE TABLE chains (
+    chain INTEGER PRIMARY KEY, began BLOB, steps INTEGER NOT NULL, log_density BLOB, value TEXT, error TEXT);
+"""
+"""Of what a kernel draws. steps: one row per step; a value where a draw was made and it is another than that of the
+draw before it in its chain; `more`: infos that are no numbers. chains: where each is now, and the log density that it
+began with."""
 
 
 @contextmanager
@@ -137,11 +153,43 @@ def check_place(path: Path, *, resume: bool) -> None:
         try:
             if not recognise(connection, path):
                 return
+            kind = kind_of(connection, path)
         finally:
             connection.close()
+        raise StoreError(f"{path}: {taken(kind, path)}")
+
+
+def taken(kind: str, path: Path) -> str:
+    """Why a store that is not to be gone on with cannot be begun."""
+    if kind == SAMPLES:
+        return "it holds samples already; go on with them: resume=True; or name another"
+    return f"it holds a run already; go on with it: resume=True, or: powermc resume {path}; or name another"
+
+
+def kind_of(connection: sqlite3.Connection, path: Path) -> str:
+    """What a store holds: `RUN` or `SAMPLES`. Raises `StoreError` for what this powermc does not know."""
+    with explained(path):
+        row = connection.execute("SELECT value FROM header WHERE name = 'kind'").fetchone()
+    kind = RUN if row is None else str(row[0]).strip('"')
+    if kind not in (RUN, SAMPLES):
+        raise StoreError(f"{path}: it holds {kind}, which this powermc does not know; pip install --upgrade powermc")
+    return kind
+
+
+def check_kind(connection: sqlite3.Connection, path: Path, wanted: str) -> None:
+    """Raise `StoreError` where a store holds something else, and say who reads that."""
+    kind = kind_of(connection, path)
+    if kind == wanted:
+        return
+    if kind == SAMPLES:
         raise StoreError(
-            f"{path}: it holds a run already; go on with it: resume=True, or: powermc resume {path}; or name another"
+            f"{path}: it holds samples of a kernel (powermc.sample), and no run of power_sample; read it: "
+            "powermc.load, powermc show; go on with it: sample(kernel, ..., store=..., resume=True)"
         )
+    raise StoreError(
+        f"{path}: it holds a run of power_sample, and no samples of a kernel; read it: powermc.load, powermc show; go "
+        f"on with it: powermc resume {path}"
+    )
 
 
 def lock(path: Path) -> Any:

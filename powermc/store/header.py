@@ -75,7 +75,7 @@ class Header:
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, JSON) of every attribute. NaN and infinities are written as Python writes them."""
-        return [(name, json.dumps(value, default=_plain)) for name, value in asdict(self).items()]
+        return as_rows(asdict(self))
 
     @classmethod
     def of_rows(cls, rows: Mapping[str, str]) -> Header:
@@ -87,18 +87,8 @@ class Header:
         asked, mine = effective(settings), self.settings
         both = {name: (mine[name], value) for name, value in asked.items() if name not in _FREE}
         both |= {name: (getattr(self, name), value) for name, value in keeping._asdict().items()}
-        for name, (here, there) in both.items():
-            if here != there:
-                raise StoreError(
-                    f"{path}: it was drawn with {name} = {here!r}, and {there!r} is asked for; only more chains and "
-                    f"more draws can be added: give {name} = {here!r}, or another file"
-                )
-        for name in ("chains", "draws"):
-            if asked[name] < mine[name]:
-                raise StoreError(
-                    f"{path}: it has {name} = {mine[name]}, and fewer, {asked[name]}, are asked for; give at least "
-                    f"{mine[name]}, or another file"
-                )
+        refuse_changes(path, both)
+        refuse_fewer(path, mine, asked)
 
     @classmethod
     def of_run(
@@ -117,7 +107,7 @@ class Header:
             model=facts["model"],
             identity=identity(model),
             dtype=None if decoder is None else str(decoder.dtype).removeprefix("torch."),
-            settings=json.loads(json.dumps(facts["settings"], default=_plain)),
+            settings=as_json(facts["settings"]),
             **keeping._asdict(),
             fields=fields_as_json(fields),
             vocabulary=model.vocab_size,
@@ -146,6 +136,31 @@ class Header:
         return replace(self, settings=more, sessions=[*self.sessions, session()])
 
 
+def as_rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, JSON) of a header's attributes. NaN and infinities are written as Python writes them."""
+    return [(name, json.dumps(value, default=_plain)) for name, value in values.items()]
+
+
+def refuse_changes(path: Path, both: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise `StoreError` for the first name of which the store has another value than what is asked for."""
+    for name, (here, there) in both.items():
+        if here != there:
+            raise StoreError(
+                f"{path}: it was drawn with {name} = {here!r}, and {there!r} is asked for; only more chains and "
+                f"more draws can be added: give {name} = {here!r}, or another file"
+            )
+
+
+def refuse_fewer(path: Path, mine: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise `StoreError` if fewer chains or draws are asked for than the store has."""
+    for name in ("chains", "draws"):
+        if asked[name] < mine[name]:
+            raise StoreError(
+                f"{path}: it has {name} = {mine[name]}, and fewer, {asked[name]}, are asked for; give at least "
+                f"{mine[name]}, or another file"
+            )
+
+
 def effective(settings: Settings) -> dict[str, Any]:
     """The settings as a `Run` has them, defaults that depend on others filled in; lists for tuples, as in JSON."""
     values = settings.as_dict()
@@ -153,7 +168,12 @@ def effective(settings: Settings) -> dict[str, Any]:
         values["temperature"] = default_temperature(settings.alpha)
     if values["draws"] is None:
         values["draws"] = values["steps"]
-    return json.loads(json.dumps(values, default=_plain))
+    return as_json(values)
+
+
+def as_json(value: Any) -> Any:
+    """A value as it comes back from a header: lists for tuples, plain numbers for NumPy's."""
+    return json.loads(json.dumps(value, default=_plain))
 
 
 def identity(model: Any) -> str:

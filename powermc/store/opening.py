@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from powermc.errors import StoreError
 from powermc.results import Run
 from powermc.settings import Settings
-from powermc.store.file import explained
+from powermc.store.file import SAMPLES, explained, kind_of
 from powermc.store.header import Header, is_alive
-from powermc.store.reading import Reader, opened
+from powermc.store.reading import Reader, connected, opened
+from powermc.store.samples import load_samples, reading
 
 if TYPE_CHECKING:
     from powermc.power import LanguageModel
@@ -79,14 +80,31 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[Reader]:
         connection.close()
 
 
-def load(path: str | os.PathLike[str]) -> Run:
-    """The run in a store, finished or not, as of now; it may be written meanwhile. No model is needed.
+def load(path: str | os.PathLike[str], *, decode: Callable[[Any], Any] | None = None) -> Run | Any:
+    """What a store holds, finished or not, as of now; it may be written meanwhile. No model and no kernel is needed.
 
-    `Run.interrupted` says whether something is left to be drawn. Raises `StoreError` for a file that is missing,
-    damaged, newer, or something else.
+    The `Run` that `power_sample` writes, or the `Samples` that `sample` does (`Run.load` and `Samples.load` take their
+    own kind only); `decode` undoes the `encode` that was given to `sample`. Raises `StoreError` for a file that is
+    missing, damaged, newer, or something else.
     """
+    if kind(path) == SAMPLES:
+        return load_samples(path, decode=decode)
+    if decode is not None:
+        raise StoreError(f"{path}: it holds a run of power_sample, which decode has no effect on; leave it out")
+    return load_run(path)
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """The run in a store. `Run.interrupted` says whether something is left to be drawn. Raises as `load` does."""
     with _reading(path) as reader:
         return reader.run()
+
+
+def kind(path: str | os.PathLike[str]) -> str:
+    """What a store holds: `file.RUN` or `file.SAMPLES`. Raises as `load` does."""
+    file = File(path)
+    with closing(connected(file)) as connection:
+        return kind_of(connection, file)
 
 
 def digest(path: str | os.PathLike[str]) -> str:
@@ -94,7 +112,7 @@ def digest(path: str | os.PathLike[str]) -> str:
 
     Not of times, costs, versions or settings. Raises as `load` does.
     """
-    with _reading(path) as reader:
+    with reading(path) if kind(path) == SAMPLES else _reading(path) as reader:
         return reader.digest()
 
 

@@ -25,23 +25,48 @@ DECIMALS = 6
 COSTS = ("tokens",)
 """Infos that say what a step cost: they depend on what happened to be known, and not on the run alone."""
 
-_CODES = {"<i4": "i", "<i8": "q", "|i1": "b", "|b1": "?", "<f8": "d", "<f4": "f"}
+_CODES = {
+    "|b1": "?",
+    "|i1": "b",
+    "<i2": "h",
+    "<i4": "i",
+    "<i8": "q",
+    "|u1": "B",
+    "<u2": "H",
+    "<u4": "I",
+    "<u8": "Q",
+    "<f2": "e",
+    "<f4": "f",
+    "<f8": "d",
+}
 
 
 class Layout:
-    """The infos of a step as one packed record; costs apart."""
+    """The infos of a step as one packed record; costs apart. `exact`: nothing is rounded, and nothing apart."""
 
-    def __init__(self, fields: Fields) -> None:
-        self.fields = {name: field for name, field in fields.items() if name not in COSTS}
-        self.costs = {name: field for name, field in fields.items() if name in COSTS}
+    def __init__(self, fields: Fields, *, exact: bool = False) -> None:
+        costs = () if exact else COSTS
+        self.fields = {name: field for name, field in fields.items() if name not in costs}
+        self.costs = {name: field for name, field in fields.items() if name in costs}
         kinds = {name: np.dtype(field.dtype).newbyteorder("<") for name, field in self.fields.items()}
-        self._struct = struct.Struct("<" + "".join(_CODES[kind.str] for kind in kinds.values()))
+        self._exact, self._struct = exact, struct.Struct("<" + "".join(_CODES[kind.str] for kind in kinds.values()))
         self._dtype = np.dtype(list(kinds.items()))
+
+    @staticmethod
+    def takes(field: Field) -> bool:
+        """Whether a field is of a kind of number that has a place in a record."""
+        return np.dtype(field.dtype).newbyteorder("<").str in _CODES
 
     def pack(self, info: Info) -> bytes:
         """The record of an info; what is not in it gets the declared fill value."""
-        given = (info.get(name, field.fill) for name, field in self.fields.items())
-        return self._struct.pack(*(rounded(value) if isinstance(value, float) else value for value in given))
+        given = [info.get(name, field.fill) for name, field in self.fields.items()]
+        if not self._exact:
+            given = [rounded(value) if isinstance(value, float) else value for value in given]
+        try:
+            return self._struct.pack(*given)
+        except struct.error:  # of another kind than declared: what an array of the declared dtype makes of it
+            kinds = (field.dtype for field in self.fields.values())
+            return self._struct.pack(*(np.array(x).astype(kind).item() for x, kind in zip(given, kinds, strict=True)))
 
     def unpack(self, records: Sequence[bytes]) -> np.ndarray:
         """Records as a structured array."""

@@ -18,7 +18,7 @@ from powermc.lm.ledger import Ledger
 from powermc.results import Chain, Run
 from powermc.sequences.path import Path, Prompt, Tokens
 from powermc.stages import count_stages
-from powermc.store.file import connect, explained, recognise
+from powermc.store.file import RUN, check_kind, connect, explained, recognise
 from powermc.store.header import Header
 from powermc.store.packing import (
     Layout,
@@ -121,7 +121,7 @@ class Reader:
             if tokens is not None:
                 path = Path(prompts[p], self._tuple(tokens), bool(finished), log_p_of(log_p))
             words = None if text is None else text_from_bytes(text)
-            found[p, c] = Place(block, steps, path, words, None if error is None else _error(error))
+            found[p, c] = Place(block, steps, path, words, None if error is None else error_of(error))
         return found
 
     def story(self, key: Key, prompt: Prompt) -> Story:
@@ -284,7 +284,7 @@ def _costs(layout: Layout, rows: Sequence[bytes]) -> dict[str, np.ndarray]:
     return {name: table[:, i] for i, name in enumerate(layout.costs)}
 
 
-def _error(text: str) -> ChainError:
+def error_of(text: str) -> ChainError:
     name, _, message = text.partition(": ")
     kind = getattr(errors, name, ChainError)
     return kind(message) if isinstance(kind, type) and issubclass(kind, ChainError) else ChainError(message)
@@ -310,7 +310,19 @@ def ledger_from_json(text: str) -> Ledger:
 
 
 def opened(path: File) -> tuple[sqlite3.Connection, Reader]:
-    """A connection for reading, in a transaction: what others write meanwhile does not show. Close it."""
+    """A connection for reading a run, in a transaction: what others write meanwhile does not show. Close it."""
+    connection = connected(path)
+    try:
+        check_kind(connection, path, RUN)
+        with explained(path):
+            return connection, Reader(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def connected(path: File) -> sqlite3.Connection:
+    """A connection for reading a store of any kind, in a transaction. Raises `StoreError` for what is none."""
     if not path.is_file():
         raise StoreError(f"{path}: there is no such file; name a store, as written with: powermc sample --store")
     connection = connect(path, write=False)
@@ -319,7 +331,7 @@ def opened(path: File) -> tuple[sqlite3.Connection, Reader]:
             raise StoreError(f"{path}: nothing has been written into it yet; begin the run again")
         with explained(path):
             connection.execute("BEGIN")
-            return connection, Reader(connection, path)
+        return connection
     except BaseException:
         connection.close()
         raise

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import os
+import sqlite3
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
 from dataclasses import fields, replace
-from pathlib import Path as File
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,78 +15,21 @@ from powermc.recording import Decoder, Key, Recorder, kept
 from powermc.results import Run
 from powermc.sequences.growth import BlockwisePower, Committed, Grown, Point
 from powermc.sequences.path import Path, Prompt, Tokens
-from powermc.store.file import (
-    APPLICATION,
-    FORMAT,
-    SCHEMA,
-    Execute,
-    check_place,
-    connect,
-    explained,
-    lock,
-    prepare_writing,
-    recognise,
-    settle,
-    transaction,
-    unlock,
-)
+from powermc.store.base import StoreFile
+from powermc.store.file import RUN, SCHEMA, Execute, explained
 from powermc.store.header import Header, this_process
 from powermc.store.packing import Layout, Tokenization, fields_from_json, text_delta, text_to_bytes
 from powermc.store.reading import Reader, ledger_as_json
 
-_log = logging.getLogger(__name__)
 
+class Store(StoreFile):
+    """The store of a run, open for writing; see `StoreFile` for what is refused."""
 
-class Store:
-    """A store open for writing; a context manager. `header` is None as long as nothing has been written.
+    KIND = RUN
+    header: Header | None
 
-    Raises `StoreError` for a file that holds a run already (without `resume`), that somebody is writing, that is
-    something else, damaged or newer, and for a place that cannot be written.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, resume: bool) -> None:
-        self.path = File(path)
-        check_place(self.path, resume=resume)
-        self._new = not self.path.exists()
-        self._lock = lock(self.path)
-        try:
-            self.connection = connect(self.path, write=True)
-            try:
-                ours = recognise(self.connection, self.path)
-                with explained(self.path):
-                    self.header = Reader(self.connection, self.path).header if ours else None
-                prepare_writing(self.connection, self.path)
-            except BaseException:
-                self.connection.close()
-                raise
-            if ours and not resume:  # somebody was faster
-                settle(self.connection)
-                raise StoreError(f"{self.path}: it holds a run already; go on with it: resume=True, or name another")
-        except BaseException:
-            unlock(self._lock)
-            raise
-        _log.info("%s opened, %s", self.path, "to go on with" if ours else "empty")
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            # A disk may be full, and what was committed is safe: nothing is left to be done but to let go.
-            with suppress(StoreError), self.transaction() as execute:
-                if self.header is not None:
-                    execute("UPDATE header SET value = 'null' WHERE name = 'writer'")
-            settle(self.connection)
-            if self.header is None and self._new:  # it never came to a run
-                self.path.unlink(missing_ok=True)
-        finally:
-            unlock(self._lock)
-
-    def transaction(self) -> AbstractContextManager[Execute]:
-        """All or nothing; Ctrl-C inside is nothing. Yields what executes a statement."""
-        return transaction(self.connection, self.path)
+    def _read(self, connection: sqlite3.Connection) -> Header:
+        return Reader(connection, self.path).header
 
     @property
     def reader(self) -> Reader:
@@ -100,12 +39,7 @@ class Store:
         """Write the header of a new run."""
         header = replace(header, writer=this_process())
         with self.transaction() as execute:
-            for statement in SCHEMA.split(";"):
-                execute(statement)
-            execute(f"PRAGMA application_id = {APPLICATION}")
-            execute(f"PRAGMA user_version = {FORMAT}")
-            for row in header.rows():
-                execute("INSERT INTO header VALUES (?, ?)", row)
+            self._begin(execute, SCHEMA, header.rows())
             for p, prompt in enumerate(prompts):
                 ids = np.array(prompt.ids, dtype="<i8").tobytes()
                 execute(
@@ -117,9 +51,7 @@ class Store:
     def update(self, header: Header) -> None:
         """Write a changed header."""
         self.header = replace(header, writer=this_process())
-        with self.transaction() as execute:
-            for name, value in self.header.rows():
-                execute("UPDATE header SET value = ? WHERE name = ?", (value, name))
+        self._rewrite(self.header.rows())
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise `StoreError` unless these are the prompts of the run, in their order."""
