@@ -171,7 +171,8 @@ class PowerAuto(Method):
             del own["plain"]
             return Power(**own, speculate=facts.get("speculate", 0))
         chosen = {"proposal": facts["proposal"], "screen": facts["exponent"], "exit_temperature": facts["temperature"]}
-        return EarlyExit(facts["layer"], None, kept(model, lens, facts["layer"]), **own, **chosen)
+        file = kept(model, lens, facts["layer"]) if self.lens is None else os.path.abspath(self.lens)
+        return EarlyExit(facts["layer"], None, file, **own, **chosen)
 
     def answer(self, model: Any, questions: Sequence[Question], terms: Terms, samples: range) -> Answers:
         raise ArgumentError(f"method {self.name!r} has no kernel yet: call `prepare` first")
