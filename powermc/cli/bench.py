@@ -31,7 +31,7 @@ def run(chosen: Bench) -> int:
     """Run the command; returns the exit code. Checks what can be checked before the model is loaded."""
     if chosen.prompts < 1:
         raise ArgumentError(f"prompts must be at least 1, got {chosen.prompts}")
-    texts = [q.question for q in demo.questions()] if chosen.data is None else read_prompts(chosen.data)
+    texts = [q.question for q in demo.asked(chosen.model)] if chosen.data is None else read_prompts(chosen.data)
     listed: dict[str, Any] = {name: numbers(name, getattr(chosen, name)) for name in ("chains", "horizons")}
     methods = tuple(chosen.methods.split(",")) if chosen.methods else ()
     wanted = chosen.tables.split(",")

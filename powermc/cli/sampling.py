@@ -176,7 +176,7 @@ class Sample(Settings, Loading, Rows, Guessing, Reusing, Written):
         typer.Option(help="Prompts from a JSONL file: each line a string, or an object with 'prompt' or 'question'."),
     ] = None
     demo: Annotated[
-        bool, typer.Option("--demo", help="Three questions that ship with powermc, small settings, explained.")
+        bool, typer.Option("--demo", help="A few questions for the model at hand, small settings, explained.")
     ] = False
     store: Annotated[
         Path | None,

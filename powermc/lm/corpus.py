@@ -4,14 +4,15 @@ A text is encoded as plain text, the way the tokenizer encodes its own input: no
 it adds by itself. Texts longer than a bound become several pieces. The first position of a piece is left out: decoders
 park attention there, its state is an outlier in every feature that matters.
 
-Without text of the user's, the model's own samples on prompts that ship with the package serve, as chat where there is
-a template; of those only the positions that the model wrote are used.
+Without text of the user's, the model's own samples serve, on prompts that ship with the package or lie in the model's
+folder, as chat where there is a template; of those only the positions that the model wrote are used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -38,6 +39,7 @@ LONGEST = 512
 OWN_TOKENS = 20_000
 """Tokens that the model writes where there is no text of the user's."""
 
+_PROMPTS = "calibration_prompts.jsonl"
 _VALIDATION_TOKENS = 1024
 _SAMPLE_TOKENS = 256
 _PASS_TOKENS = 2048
@@ -200,8 +202,17 @@ def _batches(pieces: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
 
 def shipped_prompts() -> list[str]:
     """The prompts that ship with the package."""
-    text = resources.files("powermc").joinpath("data", "calibration_prompts.jsonl").read_text(encoding="utf-8")
+    text = resources.files("powermc").joinpath("data", _PROMPTS).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def prompts_for(model: CausalLM) -> list[str]:
+    """What a model is to go on from: the prompts in its own folder, if there are any, else those of the package."""
+    folder = model.decoder.model.config.name_or_path or ""
+    own = pathlib.Path(folder) / _PROMPTS
+    if not folder or not own.is_file():
+        return shipped_prompts()
+    return [json.loads(line) for line in own.read_text(encoding="utf-8").splitlines()]
 
 
 def own_samples(
@@ -217,7 +228,7 @@ def own_samples(
     Every prompt is continued once per round, and only whole rounds are taken: to stop in the middle would favour short
     ones. They are up to 256 tokens long.
     """
-    ready = [model.prompt(text) for text in shipped_prompts()] if prompts is None else list(prompts)
+    ready = [model.prompt(text) for text in prompts_for(model)] if prompts is None else list(prompts)
     longest = max(len(prompt.ids) for prompt in ready)
     context = model.decoder.context
     horizon = _SAMPLE_TOKENS if context is None else min(_SAMPLE_TOKENS, context - longest)

