@@ -102,6 +102,7 @@ def _compare(chosen: Comparing, specs: Sequence[str]) -> int:
     plan = plan_of(chosen, specs)
     pass_at = pass_numbers(chosen.pass_at, chosen.samples)
     reference = None if chosen.reference is None else entry(chosen.reference, plan.terms).spec
+    _check_reference(reference, plan, chosen.out)
     executor = executor_of(chosen)
     source = Source(chosen.model, chosen.loader)
     resources = {name: chosen.loader[name] for name in ("max_rows", "memory", "compiled", "device")}
@@ -121,6 +122,21 @@ def _compare(chosen: Comparing, specs: Sequence[str]) -> int:
         print("interrupted; what was committed is kept, and the same command goes on", file=sys.stderr)
         return 130
     return 0
+
+
+def _check_reference(reference: str | None, plan: Plan, out: Path) -> None:
+    """Raise `ArgumentError` unless the reference is one of the methods, or of those that the folder has."""
+    from powermc.evaluation.comparison import load
+    from powermc.evaluation.comparison.results import FILE
+
+    named = [entry.spec for entry in plan.entries]
+    if reference is None or reference in named:
+        return
+    there = [line.spec for line in load(out).lines] if (out / FILE).is_file() else []
+    if reference not in there:
+        raise ArgumentError(
+            f"there is no method {reference!r} to compare with; there are {', '.join(dict.fromkeys((*there, *named)))}"
+        )
 
 
 def table(chosen: Table) -> int:
@@ -150,6 +166,6 @@ def _show(folder: Path, *, as_json: bool, quiet: bool = False, **options: Any) -
     if as_json:
         sys.stdout.write((folder / "results.json").read_text(encoding="utf-8"))
         return
-    say(console(), markdown(shown))
+    say(console(), markdown(shown).rstrip())
     if not quiet:
         say(console(sys.stderr), f"the tables are in {folder}: table.md, index.html, results.json")
