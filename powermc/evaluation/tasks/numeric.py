@@ -41,6 +41,22 @@ def number(text: str) -> Fraction | None:
     for marked in (after(text, "####"), last_boxed(text)):
         if marked is not None and (found := next(_numbers(_value(marked)), None)) is not None:
             return found
+    return _last(text)
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text by rule 3 alone, in one spelling ("1,050.00" and "1050" are the same), or None.
+
+    What votes are counted by where there is no task to say how an answer is marked.
+
+    >>> last_number("so she earns $1,050.00 in all.")
+    '1050'
+    """
+    found = _last(text)
+    return None if found is None else spell(found)
+
+
+def _last(text: str) -> Fraction | None:
     found = None
     for found in _numbers(text):  # noqa: B007  (the last one)
         pass
