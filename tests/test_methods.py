@@ -151,8 +151,6 @@ def test_what_preparing_costs_can_be_had() -> None:
     assert not math.isnan(found.method.options()["eta"])
 
 
-LENS = "early-exit:lens={lens}"
-
 BAD = [
     ("temperature:temperature=0", r"temperature:temperature must be a finite number > 0, or none for 1/alpha, got 0"),
     ("temperature:temperature=nan", r"temperature:temperature must be a finite number > 0"),
