@@ -50,6 +50,7 @@ _UNITS = {
     "log_ratio": "nats",
     "log_level": "nats",
     "log_surrogate": "nats",
+    "log_stage1": "nats",
     "log_target": "nats",
     "length": "tokens",
     "proposal_length": "tokens",

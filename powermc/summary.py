@@ -167,8 +167,8 @@ def _stage_lines(run: Run) -> list[str]:
     ]
     false = false_rejections(run)
     if false is not None and false.reason is None:
-        low, high = (f"{100 * x:.2g}%" for x in (false.lower, false.upper))
-        lines.append(f"      falsely rejected by stage 1: {low} to {high} of proposals")
+        error = "" if math.isnan(false.error) else f" +- {100 * false.error:.2g}"
+        lines.append(f"      falsely rejected by stage 1: {100 * false.share:.2g}{error}% of proposals")
     if facts["advice"]:
         lines += textwrap.wrap(f"note: {facts['advice']}", 80)
     if stages.screened and (cost := facts.get("cost")):

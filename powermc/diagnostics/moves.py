@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from powermc.results import Run
 
 
-_SAME = 1e-3
-"""Nats: ratios closer than this are taken for one. A store rounds them; one too many unknown only widens the bounds."""
-
-
 @dataclass(frozen=True)
 class Funnel:
     """Counts of steps, from all that were taken to those that changed the path.
@@ -102,7 +98,7 @@ class CutBin:
 
 @dataclass(frozen=True)
 class FalseRejections:
-    """How many proposals stage 1 rejects that a single stage would accept: between `lower` and `upper`.
+    """How many proposals stage 1 rejects that a single stage would accept.
 
     For a move from x to y write a = min(1, a_1) for the chance to pass stage 1 and r = a_1 a_2 for the ratio of plain
     Metropolis-Hastings. With one level u for both, stage 1 rejects falsely if a_1 <= u < r, which has the probability
@@ -112,9 +108,8 @@ class FalseRejections:
 
         F = E[(min(1, a_1 a_2) - a_2) 1{a_1 > 1, a_2 < 1}],
 
-    an average over proposals that were completed, of which a_2 is always on record and a_1 where the info says so
-    (`log_ratio` is that of the stage nearer to a tie). Where a_1 is not known the term is between 0 and 1 - a_2: hence
-    two bounds. Delayed acceptance loses 2 F of the acceptance rate: F at stage 1, F at stage 2.
+    an average over proposals that were completed, of which both ratios are on record: unbiased, and nothing that was
+    rejected is completed for it. Delayed acceptance loses 2 F of the acceptance rate: F at stage 1, F at stage 2.
 
     Assumes equilibrium (steps of the last block are used, none before) and the two stages of a `Screening`; gated,
     plain, null and unchanged proposals are not counted. Scope "block" included: each chain has an equilibrium.
@@ -123,32 +118,26 @@ class FalseRejections:
     ----------
     screened, passed
         Proposals that stage 1 decided on, and those that it passed.
-    known
-        Of those that passed, how many have both ratios on record.
-    lower, upper
-        Bounds of F, a share of `screened`; NaN with a reason.
-    lower_error, upper_error
-        Their Monte Carlo standard errors, from what chains differ in; NaN for fewer than two chains.
+    share, error
+        The estimate of F, a share of `screened`, and its Monte Carlo standard error, from what chains differ in; NaN
+        with a reason, and for fewer than two chains.
     accepted
         The share of `screened` that was accepted.
     reason
-        Why there are no bounds; None if there are.
+        Why there is no estimate; None if there is.
     """
 
     screened: int
     passed: int
-    known: int
-    lower: float
-    upper: float
-    lower_error: float
-    upper_error: float
+    share: float
+    error: float
     accepted: float
     reason: str | None = None
 
     @property
-    def single_stage(self) -> tuple[float, float]:
-        """Between which shares a single stage would accept the same proposals: accepted + 2 F."""
-        return self.accepted + 2 * self.lower, self.accepted + 2 * self.upper
+    def single_stage(self) -> float:
+        """The share of the same proposals that a single stage would accept: accepted + 2 F."""
+        return self.accepted + 2 * self.share
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, NaN as None."""
@@ -206,33 +195,23 @@ def estimate_false_rejections(tables: Sequence[Mapping[str, np.ndarray]]) -> Fal
     """The estimate from infos of steps in equilibrium; chains of all tables are independent.
 
     tables: of shape (chain, step) each: `screened` (bool, which steps count), `stage1_accepted`, `accepted`,
-    `log_ratio`, `log_surrogate`, `log_target`, as `DelayedAcceptance` declares them.
+    `log_stage1`, `log_surrogate`, `log_target`, as `DelayedAcceptance` declares them.
     """
-    n, passes, known, accepted = [], 0, 0, 0
-    low, high = [], []  # sums per chain
+    n, sums, passes, accepted = [], [], 0, 0
     for table in tables:
         passed = table["screened"] & table["stage1_accepted"]
-        log_ratio = table["log_ratio"]
+        log_a1 = table["log_stage1"]
         with np.errstate(over="ignore", invalid="ignore"):  # where a density is 0, and in steps that do not count
             log_a2 = table["log_target"] - table["log_surrogate"]
-            # Else the ratio on record is that of stage 2.
-            seen = passed & np.isfinite(log_ratio) & ~(np.abs(log_ratio - log_a2) <= _SAME)
-            a2 = np.exp(np.minimum(log_a2, 0))
-            reached = np.exp(np.minimum(log_ratio + log_a2, 0)) - a2
-        most = np.where(passed & (log_a2 < 0), 1 - a2, 0.0)
-        exact = np.where(seen & (log_a2 < 0) & (log_ratio > 0), reached, 0.0)
+            lost = np.exp(np.minimum(log_a1 + log_a2, 0)) - np.exp(np.minimum(log_a2, 0))
         n += table["screened"].sum(1).tolist()
-        low += exact.sum(1).tolist()
-        high += np.where(seen, exact, most).sum(1).tolist()
+        sums += np.where(passed & (log_a1 > 0) & (log_a2 < 0), lost, 0.0).sum(1).tolist()
         passes += int(passed.sum())
-        known += int(seen.sum())
         accepted += int((passed & table["accepted"]).sum())
     total = sum(n)
     if not total:
-        nan = math.nan
-        return FalseRejections(0, 0, 0, nan, nan, nan, nan, nan, "nothing was screened on the last block")
-    (lower, lower_error), (upper, upper_error) = (_ratio(np.array(s), np.array(n)) for s in (low, high))
-    return FalseRejections(total, passes, known, lower, upper, lower_error, upper_error, accepted / total)
+        return FalseRejections(0, 0, math.nan, math.nan, math.nan, "nothing was screened on the last block")
+    return FalseRejections(total, passes, *_ratio(np.array(sums), np.array(n)), accepted / total)
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:

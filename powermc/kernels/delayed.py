@@ -64,8 +64,8 @@ class DelayedAcceptance(Generic[X]):
 
     Info: that of `Metropolis`, with `log_ratio` and `log_level` those of the stage that came closest to a tie; `gated`;
     `same` (the proposal was x itself); `stage` (how many stages were passed; -1: gated, same or null);
-    `stage1_accepted` (False for those); `log_surrogate` = log g_1(y) - log g_1(x) (NaN for those and abandoned drafts);
-    `log_target` = log pi(y) - log pi(x) (NaN where the target was not reached).
+    `stage1_accepted` (False for those); `log_surrogate` = log g_1(y) - log g_1(x), `log_stage1` = log a_1 (NaN for
+    those and abandoned drafts); `log_target` = log pi(y) - log pi(x) (NaN where the target was not reached).
     """
 
     stages: Sequence[Target[X] | Conditional[X]]
@@ -124,7 +124,7 @@ class DelayedAcceptance(Generic[X]):
             if i == 0 or abs(level.log_u - log_ratio) < abs(info["log_level"] - info["log_ratio"]):
                 info |= {"log_ratio": log_ratio, "log_level": level.log_u}
             if i == 0 and not gated:
-                info["log_surrogate"] = change
+                info |= {"log_surrogate": change, "log_stage1": log_ratio}
             if i == len(stages) - 1:
                 info["log_target"] = change
             if not level.below(log_ratio):
@@ -143,10 +143,7 @@ def _at(stage: Target[X] | Conditional[X], auxiliary: Any) -> Target[X]:
 
 _FAILED = {"gated": False, "stage": 0, "stage1_accepted": False}
 _STAGES: Fields = {
-    "gated": Field("bool", False),
-    "same": Field("bool", False),
+    **dict.fromkeys(("gated", "same", "stage1_accepted"), Field("bool", False)),
     "stage": Field("int8", -1),
-    "stage1_accepted": Field("bool", False),
-    "log_surrogate": Field("float64", float("nan")),
-    "log_target": Field("float64", float("nan")),
+    **dict.fromkeys(("log_surrogate", "log_stage1", "log_target"), Field("float64", float("nan"))),
 }

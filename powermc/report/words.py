@@ -118,8 +118,9 @@ def _stage_sentences(run: Run) -> list[str]:
         f"{stages.plain:,} steps were plain, {stages.gated:,} gated."
     ]
     if false is not None and false.reason is None:
-        shares = " to ".join(dict.fromkeys((f"{false.lower:.1%}", f"{false.upper:.1%}")))
-        found.append(f"Of screened proposals, stage 1 turned down {shares} that a single stage would have accepted.")
+        found.append(
+            f"Of screened proposals, stage 1 turned down {false.share:.1%} that a single stage would have accepted."
+        )
     if facts.get("kl_positions"):
         found.append(f"KL(p||p~) on completed tails was {facts['kl']:.2f} nats, {_held_out(facts['kl_held_out'])}.")
     return found
