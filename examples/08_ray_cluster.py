@@ -17,7 +17,7 @@ from pathlib import Path
 
 import powermc
 from powermc.evaluation import tasks
-from powermc.evaluation.comparison import Executor, InProcess, Plan, Source, compare, load, write
+from powermc.evaluation.comparison import Executor, InProcess, Plan, Source, compare, differences, load, write
 from powermc.evaluation.comparison.plan import specs_of
 from powermc.evaluation.comparison.ray_executor import LOCAL, RayExecutor
 from powermc.evaluation.comparison.table import markdown
@@ -50,8 +50,10 @@ def run() -> None:
         for out, executor in ((alone, InProcess()), (together, cluster)):
             timed(plan, source, out, executor)
         print(markdown(write(together)[0]))
-        same, total = agreement(alone, together)
-    print(f"{same} of {total} answers of the two runs are equal, token for token")
+        differ, total = differences(load(alone), load(together))
+    print(f"{total - len(differ)} of {total} answers of the two runs are equal, token for token")
+    for one in differ:
+        print(f"  {one.spec}, question {one.question}: another path from token {one.token + 1} on")
 
 
 def timed(plan: Plan, source: Source, out: Path, executor: Executor) -> None:
@@ -59,16 +61,6 @@ def timed(plan: Plan, source: Source, out: Path, executor: Executor) -> None:
     begun = time.monotonic()
     compare(plan, source, out, executor=executor)
     print(f"{type(executor).__name__}: {time.monotonic() - begun:.0f} s")
-
-
-def agreement(one: Path, other: Path) -> tuple[int, int]:
-    """(answers with the same tokens, all answers)."""
-    pairs = [
-        (given.tokens, there.answers[key].tokens)
-        for here, there in zip(load(one).lines, load(other).lines, strict=True)
-        for key, given in here.answers.items()
-    ]
-    return sum(a == b for a, b in pairs), len(pairs)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 from contextlib import closing
@@ -13,11 +14,12 @@ import pytest
 
 from powermc.errors import ArgumentError, StoreError
 from powermc.evaluation import tasks
-from powermc.evaluation.comparison import Plan, ablation, compare, entry, grading, load, write
+from powermc.evaluation.comparison import Plan, ablation, compare, differences, entry, grading, load, write
 from powermc.evaluation.comparison.figures import figures
 from powermc.evaluation.comparison.plan import specs_of
 from powermc.evaluation.methods import Terms
 from tests.eval_fakes import DIGITS, LAYERS, PREPARED, Model
+from tests.test_store_kills import small_disk  # noqa: F401  (a fixture)
 
 TERMS = Terms(max_new_tokens=12, alpha=2.0, seed=3)
 
@@ -202,6 +204,40 @@ class Telling:
 
     def __init__(self, tell) -> None:
         self.begin = tell
+
+
+def test_a_full_file_system_loses_nothing(small_disk, tmp_path):  # noqa: F811
+    """Filled up in the middle; when room is made the same command goes on."""
+    out, whole = small_disk / "out", tmp_path / "whole"
+    long = questions(tmp_path / "long.jsonl", 4000)
+    terms = Terms(max_new_tokens=12)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(450_000))
+    with pytest.raises(StoreError, match=r"results\.db: no room is left on the disk .* then resume"):
+        compare(plan(long, "dice", group=250, terms=terms), Model(), out)
+    filler.unlink()
+    some = plan(long, "dice", group=250, terms=terms)
+    done = len(load(out).lines[0].answers)
+    assert 0 < done < 4000
+    with pytest.raises(StoreError, match="no room is left"):  # all of it does not fit
+        compare(some, Model(), out)
+    assert len(load(out).lines[0].answers) > done
+    (whole).mkdir()
+    for file in out.iterdir():
+        shutil.copy(file, whole / file.name)
+    compare(some, Model(), whole)
+    assert len(load(whole).lines[0].answers) == 4000
+
+
+def test_where_two_comparisons_differ(data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    compare(plan(data, "dice,fixed"), Model(), one)
+    compare(plan(data, "dice,fixed:number=3", limit=6), Model(), two)
+    assert differences(load(one), load(two)) == ([], 6)
+    with closing(sqlite3.connect(two / "results.db")) as connection, connection:
+        connection.execute("UPDATE answers SET tokens = x'6300000063000000' WHERE method = 0 AND question = 2")
+    ((spec, question, sample, token, _),), common = differences(load(one), load(two))
+    assert (spec, question, sample, token, common) == ("dice", "d2", 0, 0, 6)
 
 
 def test_a_question_that_cannot_be_answered_is_wrong_and_named(data, tmp_path):

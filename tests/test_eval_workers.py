@@ -13,7 +13,7 @@ import pytest
 
 from powermc.errors import ArgumentError, ModelError, StoreError
 from powermc.evaluation import tasks
-from powermc.evaluation.comparison import Plan, Source, WorkerError, compare, load, write
+from powermc.evaluation.comparison import Plan, Source, WorkerError, compare, differences, load, write
 from powermc.evaluation.comparison.plan import specs_of
 from powermc.evaluation.comparison.pool import ProcessPool, threads_each
 from powermc.evaluation.comparison.results import Results
@@ -165,6 +165,7 @@ def paths(out: Path):
     return [{key: (g.tokens, g.text, g.log_p) for key, g in line.answers.items()} for line in load(out).lines]
 
 
+@pytest.mark.slow
 def test_twenty_questions_by_one_process_and_by_two(tiny, tmp_path):
     """Show 4 of the issue, in float64: equal paths, whatever is grouped with what."""
     model = Source(str(tiny), {"dtype": "float64"})
@@ -174,6 +175,7 @@ def test_twenty_questions_by_one_process_and_by_two(tiny, tmp_path):
     assert len(paths(one)) == 3
     assert all(len(line) == 20 for line in paths(one))
     assert paths(one) == paths(two)
+    assert differences(load(one), load(two)) == ([], 60)
     shown, remarks = write(two)
     assert [f.spec for f in shown.figures] == ["greedy", "temperature", "power:block_size=4:steps=2"]
     assert remarks == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from powermc.evaluation.comparison.ablation import ablation
+from powermc.evaluation.comparison.agreement import Difference, differences
 from powermc.evaluation.comparison.executors import Executor, InProcess, Source, WorkerError
 from powermc.evaluation.comparison.plan import Entry, Plan, Unit, entry
 from powermc.evaluation.comparison.reading import Record
@@ -10,6 +11,7 @@ from powermc.evaluation.comparison.running import Outcome, compare
 from powermc.evaluation.comparison.tables import load, write
 
 __all__ = [
+    "Difference",
     "Entry",
     "Executor",
     "InProcess",
@@ -21,6 +23,7 @@ __all__ = [
     "WorkerError",
     "ablation",
     "compare",
+    "differences",
     "entry",
     "load",
     "write",

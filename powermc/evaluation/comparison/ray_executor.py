@@ -74,8 +74,9 @@ class RayExecutor:
     address: `host:port` or `ray://host:port` of a cluster; "auto", the one that this machine belongs to; `LOCAL`. A
     cluster that this process is connected to already is used whatever the address.
 
-    Each actor asks for the CPUs that its threads use. Files of actors on other machines stay there; their results come
-    with the answers. Raises `ModelError` without the package, `ArgumentError` for a cluster that cannot be reached.
+    Each actor asks for one CPU, and takes as many threads as a process of a pool would take here. Files of actors on
+    other machines stay there; their results come with the answers. Raises `ModelError` without the package,
+    `ArgumentError` for a cluster that cannot be reached.
     """
 
     workers: int = 2
@@ -138,7 +139,8 @@ class RayExecutor:
         package = ray()
         left, deaths = deque(units), dict[str, int]()
         self._crew = [self._start() for _ in range(min(self.workers, len(units)))]
-        while any(member.pending is not None for member in self._crew):
+        # An actor that the cluster has no room for is not waited for: the others do its share.
+        while left or any(member.unit is not None for member in self._crew):
             pending = {member.pending: member for member in self._crew if member.pending is not None}
             done, _ = package.wait(list(pending), num_returns=1)
             for reference in done:
