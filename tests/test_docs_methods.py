@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -55,7 +57,9 @@ def test_the_first_code_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 def test_a_method_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_methods", dict(base._methods))
-    exec(CODE[1], {"__name__": "own"})
+    own = ModuleType("own")
+    monkeypatch.setitem(sys.modules, "own", own)  # where dataclasses look annotations up
+    exec(CODE[1], own.__dict__)
     model = lab()
     asked = questions(model)
     method = methods.parse("min-p:min_p=1")

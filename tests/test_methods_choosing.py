@@ -209,6 +209,7 @@ def test_early_exit_is_power_sample_with_an_exit() -> None:
     assert found.counts["kl"] / found.counts["kl_tokens"] == pytest.approx(run.early_exit["kl"])
 
 
+@pytest.mark.slow
 def test_what_is_fitted_is_fitted_once() -> None:
     """What `prepare` returns says all in its spec: another process that reads it draws the same."""
     model = lab()
@@ -227,6 +228,7 @@ def test_what_is_fitted_is_fitted_once() -> None:
         assert tokens_of(again) == tokens_of(method.answer(model, asked, TERMS, range(2)))
 
 
+@pytest.mark.slow
 def test_the_lens_is_fitted_once_and_kept(tmp_path, monkeypatch) -> None:
     """A cached lens that grows by another layer does not change what a prepared method is."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

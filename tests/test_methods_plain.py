@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,3 +278,49 @@ def test_dola_is_neither_greedy_nor_one_layer_and_leaves_no_depth_behind() -> No
 )
 def test_the_layers_of_the_two_halves(layers: int, half: str, depths: range) -> None:
     assert parse(f"dola:layers={half}").depths(layers) == list(depths)  # type: ignore[attr-defined]
+
+
+# Mutants: each is caught by a law above.
+
+
+def one_too_few(log_weights: np.ndarray, top_p: float) -> np.ndarray:
+    """A nucleus without the token that brings it over `top_p`."""
+    kept = nucleus(log_weights, top_p)
+    if np.isfinite(kept).sum() > 1:
+        kept[np.where(np.isfinite(kept), kept, np.inf).argmin()] = -np.inf
+    return kept
+
+
+def implausible(last: torch.Tensor, early: torch.Tensor, plausible: float) -> torch.Tensor:
+    """A contrast over all tokens."""
+    return last - early
+
+
+def one_sided(last: torch.Tensor, early: torch.Tensor) -> torch.Tensor:
+    """KL(early || last) for the divergence."""
+    return (early.exp() * (early - last)).sum(-1, keepdim=True)
+
+
+MUTANTS: list[tuple[str, Any, Callable[[], None]]] = [
+    (
+        "powermc.evaluation.methods.plain.nucleus",
+        one_too_few,
+        lambda: test_every_token_drawn_again_by_hand("nucleus:top_p=0.6", "nucleus", cut_to(0.6, 1.0)),
+    ),
+    (
+        "powermc.evaluation.methods.plain.likeliest",
+        lambda log_weights, choices: int(np.argsort(log_weights)[-2]),
+        lambda: test_greedy_is_what_generate_does_without_sampling(0),
+    ),
+    ("powermc.lm.contrast.contrasted", implausible, lambda: test_dola_by_hand("low", (2,), False)),
+    ("powermc.lm.contrast.divergence", one_sided, lambda: test_dola_by_hand("1+3+5+4", (1, 3, 4, 5), False)),
+]
+
+
+@pytest.mark.parametrize(("where", "mutant", "law"), MUTANTS, ids=[where.rpartition(".")[2] for where, *_ in MUTANTS])
+def test_the_laws_catch_mutants(
+    where: str, mutant: Any, law: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, mutant)
+    with pytest.raises(AssertionError):
+        law()
