@@ -78,7 +78,7 @@ def test_constrained(tiny):
     given = ("--model", str(tiny), *SMALL, "--limit", "2", "--weight", "2")
     text = output("07_constrained.py", *given, cwd=tiny)
     assert len(re.findall(r"^  reward -?\d+ nats: ", text, flags=re.M)) == 2
-    assert rows(text, "Answers") == ["low-temperature", "power:steps=2", "rewarded:weight=2.0:steps=2"]
+    assert rows(text, "Answers") == ["low-temperature", "power:steps=2", "rewarded:weight=2.0"]
     assert len(re.findall(r"^numbers used wrongly per answer of ", text, flags=re.M)) == 3
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 from powermc.evaluation.comparison.figures import kinds
 from powermc.evaluation.comparison.grading import FAULTS
@@ -55,13 +57,18 @@ def _unfinished(line: Line) -> list[str]:
 
 def _prepared(line: Line) -> list[str]:
     name, options = line.prepared
-    new = [f"{option} = {value}" for option, value in options.items() if line.options.get(option) != value]
+    new = [f"{option} = {_short(value)}" for option, value in options.items() if line.options.get(option) != value]
     other = name != line.spec.partition(":")[0]
     if not new and not other and not line.preparing.flops:
         return []
     flops = line.preparing.flops
     cost = f"{si(flops)}FLOP and {line.preparing_seconds:.1f} s, not in the tables" if flops else "at no cost"
     return [f"{line.spec}: prepared once ({cost}) as {name}{' with ' if new else ''}{', '.join(new)}."]
+
+
+def _short(value: Any) -> str:
+    """A value; of a file its name alone, since folders say nothing about a method."""
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else str(value)
 
 
 def _sessions(record: Record) -> list[str]:
