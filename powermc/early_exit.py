@@ -28,6 +28,7 @@ from powermc.tuning import Pair, fit_eta, fit_exponent, grown, pairs, surrogate_
 
 if TYPE_CHECKING:
     from powermc.lm import Ledger, Lens
+    from powermc.progress import Parts
 
 DRIFTED = 2.0
 """A run warns when KL(p || p~) on completed tails is over this many times the lens's held-out figure."""
@@ -37,7 +38,7 @@ _log = logging.getLogger(__name__)
 _FROZEN = ("proposal", "exponent", "temperature", "plain", "eta", "delta", "aggregate", "tokens")
 """What a `Screening` is made of, beside the surrogate."""
 
-_PILOT_PROMPTS, _PILOT_STEPS = 4, 8
+_PILOT_PROMPTS, _PILOT_CHAINS, _PILOT_STEPS = 4, 2, 8
 _FIT_PROMPTS, _FIT_EACH = 8, 4
 _DRIFT_POSITIONS = 64
 
@@ -109,35 +110,42 @@ class Prepared:
         return facts
 
 
-def prepare(model: Any, settings: Settings, prompts: Sequence[Prompt], space: Space) -> Prepared:
+def prepare(
+    model: Any, settings: Settings, prompts: Sequence[Prompt], space: Space, *, progress: bool = False
+) -> Prepared:
     """Find the surrogate, run the warm-up that the settings ask for, and freeze the kernel.
 
-    Raises `ArgumentError` and `ModelError` for a lens that does not fit the model or a surrogate with another
-    vocabulary.
+    `progress` shows on standard error what is being done. Raises `ArgumentError` and `ModelError` for a lens that does
+    not fit the model or a surrogate with another vocabulary.
     """
     if settings.kernel == "metropolis":
         return Prepared(None, {"kernel": "metropolis"})
     before = model.ledger.copy()
-    lens, surrogates = _surrogates(model, settings)
-    if settings.kernel == "auto":
-        prepared = _chosen(model, settings, prompts, lens, surrogates)
-    else:
-        prepared = _asked_for(model, settings, prompts, space, lens, surrogates[-1])
+    with _display(model, progress) as display:
+        lens, surrogates = _surrogates(model, settings, display)
+        if settings.kernel == "auto":
+            prepared = _chosen(model, settings, prompts, lens, surrogates, display)
+        else:
+            prepared = _asked_for(model, settings, prompts, space, lens, surrogates[-1], display)
     prepared.facts["warmup_cost"] = model.ledger.since(before).as_dict()
     said = {name: prepared.facts.get(name) for name in ("kernel", "surrogate", *_FROZEN)}
     _log.info("warm-up done: %s", ", ".join(f"{name} {value}" for name, value in said.items() if value is not None))
     return prepared
 
 
-def restored(model: Any, settings: Settings, facts: Mapping[str, Any], identity: str | None) -> Prepared:
-    """What `prepare` froze, from its facts: nothing is fitted again.
+def restored(
+    model: Any, settings: Settings, facts: Mapping[str, Any], identity: str | None, *, progress: bool = False
+) -> Prepared:
+    """What `prepare` froze, from its facts: nothing is fitted again, but for a lens that has gone from the cache.
 
-    `identity` is that of the surrogate then (`surrogate_identity`). Raises `ArgumentError` for another surrogate.
+    `identity` is that of the surrogate then (`surrogate_identity`); `progress` as in `prepare`. Raises `ArgumentError`
+    for another surrogate.
     """
     facts = dict(facts)
     if facts["kernel"] == "metropolis":
         return Prepared(None, facts)
-    lens, surrogates = _surrogates(model, settings)
+    with _display(model, progress) as display:
+        lens, surrogates = _surrogates(model, settings, display)
     surrogate = next((s for s in surrogates if getattr(s, "layer", None) == facts["layer"]), None)
     if surrogate is None or surrogate_identity(surrogate) != identity:
         found = "no exit there" if surrogate is None else f"{surrogate_name(surrogate)}, fitted or trained otherwise"
@@ -165,8 +173,22 @@ def surrogate_identity(surrogate: Any) -> str:
     return f"name {surrogate_name(surrogate)}"
 
 
+def _display(model: Any, progress: bool) -> Parts:
+    """Where a warm-up says what it does; what is not shown is logged all the same."""
+    from powermc.progress import Parts
+
+    ledger = model.ledger
+    return Parts(tokens=(lambda: ledger.decoded + ledger.prefilled) if progress else None, quiet=not progress)
+
+
 def _asked_for(
-    model: Any, settings: Settings, prompts: Sequence[Prompt], space: Space, lens: Any, surrogate: Any
+    model: Any,
+    settings: Settings,
+    prompts: Sequence[Prompt],
+    space: Space,
+    lens: Any,
+    surrogate: Any,
+    display: Parts,
 ) -> Prepared:
     screening = settings.screening(surrogate, settings.alpha)  # what cannot be used is refused before any work
     fitted: list[str] = []
@@ -175,6 +197,7 @@ def _asked_for(
     if settings.gated is not None:
         fitted.append("eta")
     if fitted:
+        display.begin(f"fitting {' and '.join(fitted)} of the screen")
         found = _warm_up(model, screening, settings, prompts, space)
         if "exponent" in fitted:
             screening = replace(screening, exponent=fit_exponent(found, settings.alpha))
@@ -190,7 +213,7 @@ def _asked_for(
     return _prepared(model, screening, lens, {"kernel": "early-exit", "fitted": fitted})
 
 
-def _surrogates(model: Any, settings: Settings) -> tuple[Lens | None, list[Any]]:
+def _surrogates(model: Any, settings: Settings, display: Parts) -> tuple[Lens | None, list[Any]]:
     """The lens, if there is one, and the surrogates to choose from, shallow ones first."""
     given = settings.exit
     if hasattr(given, "branch"):
@@ -208,7 +231,7 @@ def _surrogates(model: Any, settings: Settings) -> tuple[Lens | None, list[Any]]
         raise ArgumentError(f"early exits need a CausalLM, got {type(model).__name__}; give a surrogate model as exit")
     layers = None if settings.layer is None else [settings.layer]
     if given is None:
-        given = cached_lens(model, layers)
+        given = cached_lens(model, layers, progress=display.report)
     elif isinstance(given, str | os.PathLike):
         given = Lens.load(given)
     elif not isinstance(given, Lens):
@@ -218,9 +241,18 @@ def _surrogates(model: Any, settings: Settings) -> tuple[Lens | None, list[Any]]
     return given, [given.exit(model, layer) for layer in layers]
 
 
-def _chosen(model: Any, settings: Settings, prompts: Sequence[Prompt], lens: Any, surrogates: list[Any]) -> Prepared:
+def _chosen(
+    model: Any,
+    settings: Settings,
+    prompts: Sequence[Prompt],
+    lens: Any,
+    surrogates: list[Any],
+    display: Parts,
+) -> Prepared:
     from powermc.evaluation.pilot import pilot
 
+    display.begin("pilot: paths to start from")
+    display.steps = len(prompts[:_PILOT_PROMPTS]) * _PILOT_CHAINS * _PILOT_STEPS
     found = pilot(
         model,
         surrogates,
@@ -229,16 +261,19 @@ def _chosen(model: Any, settings: Settings, prompts: Sequence[Prompt], lens: Any
         temperature=settings.temperature,
         max_new_tokens=settings.max_new_tokens,
         steps=_PILOT_STEPS,
+        chains=_PILOT_CHAINS,
         plain=settings.plain,
         proposals=("exit", "substitution") if settings.plain else ("exit",),
         kl=_held_out(lens),
         early_rejection=settings.early_rejection,
         seed=settings.seed,
+        notify=lambda name: display.begin(f"pilot: {name}"),
+        watch=display.step,
     )
     facts = {"pilot": found.to_dict(), "verdict": found.verdict()}
     best = found.best
     if best.proposal is None:
-        return Prepared(None, {"kernel": "metropolis", **facts, **_guesses(model, settings, prompts)})
+        return Prepared(None, {"kernel": "metropolis", **facts, **_guesses(model, settings, prompts, display)})
     surrogate = next(s for s in surrogates if surrogate_name(s) == best.surrogate)
     screening = Screening(
         surrogate, best.exponent, temperature=best.temperature, proposal=best.proposal, plain=settings.plain
@@ -247,13 +282,14 @@ def _chosen(model: Any, settings: Settings, prompts: Sequence[Prompt], lens: Any
     return _prepared(model, screening, lens, facts)
 
 
-def _guesses(model: Any, settings: Settings, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _guesses(model: Any, settings: Settings, prompts: Sequence[Prompt], display: Parts) -> dict[str, Any]:
     """How many tokens few rows guess, by measurement; nothing where there is no room for guesses or they were set."""
     from powermc.evaluation.guessing import MOST_ROWS, guessing
 
     engine = getattr(model, "engine", None)
     if engine is None or engine.guesser is not None or not engine.reuse or settings.chains * len(prompts) > MOST_ROWS:
         return {}
+    display.begin("timing guesses")
     found = guessing(
         model,
         prompts,

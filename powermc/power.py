@@ -184,7 +184,7 @@ def power_sample(
     gated
         Fit `eta` before the first step so that about this share of proposed tails is uncertain; recorded.
     progress
-        Show a display on standard error.
+        Show a display on standard error, of the warm-up too.
     callbacks
         Called in order as (prompt, chain, step, state, info) after every step.
 
@@ -242,7 +242,7 @@ def power_sample(
             file = stack.enter_context(Store(store, resume=resume))
             if file.header is not None:
                 file.header.check(file.path, settings, keeping)
-        recorder = _recorder(_loaded(model), given, settings, file, keeping)
+        recorder = _recorder(_loaded(model), given, settings, file, keeping, progress)
         run = recorder.run(callbacks, progress)
     _tell(run, recorder.errors)
     return run
@@ -267,6 +267,7 @@ def _recorder(
     settings: Settings,
     file: Store | None,
     keeping: Keeping,
+    progress: bool,
 ) -> Recorder:
     """Prompts, kernel and schedule made; what is in the store compared with them, or written there."""
     chat, chains, horizon = settings.chat, settings.chains, settings.max_new_tokens
@@ -280,9 +281,9 @@ def _recorder(
     space = model.space(horizon, cast("Sequence[str]", settings.stop))
     _fit(model, prompts, settings)  # for what runs before the chains
     if old is None:
-        prepared = prepare(model, settings, prompts, space)
+        prepared = prepare(model, settings, prompts, space, progress=progress)
     else:
-        prepared = restored(model, settings, old.early_exit, old.surrogate)
+        prepared = restored(model, settings, old.early_exit, old.surrogate, progress=progress)
     plan = settings.schedule(model, space, model.decode, prepared.screening)
     fit = _fit(model, prompts, settings)
     rows = min(getattr(model, "max_rows", ACTIVE), len(prompts) * chains)

@@ -19,7 +19,6 @@ from powermc.errors import ArgumentError
 from powermc.files import write_whole
 from powermc.models import TINY_REASONER, has_smollm2
 from powermc.power import LanguageModel, power_sample
-from powermc.progress import Parts
 from powermc.results import Run, shorten
 from powermc.sampling import check_count
 from powermc.settings import Settings
@@ -72,7 +71,6 @@ def run(chosen: Sample) -> int:
         if chosen.demo and not as_json:
             demo.introduce(console(), chosen.model, checked)
         model = load(chosen.model, chosen.loader, notes, quiet)
-        fit_lens(model, checked, quiet)
         warnings.filterwarnings("ignore", message="prompt .* stopped after", category=RuntimeWarning)
         warnings.showwarning = _one_line
         result = power_sample(model, prompts, **given, **kept, progress=not quiet)
@@ -95,15 +93,6 @@ def run(chosen: Sample) -> int:
     if result.interrupted or (second is not None and second.interrupted):
         return 130
     return 2 if result.errors else 0
-
-
-def fit_lens(model: Any, chosen: Settings, quiet: bool) -> None:
-    """Fit the lens that the run will look for in the cache, if need be: here it can be watched."""
-    if chosen.kernel != "metropolis" and chosen.exit is None and _has_exits(model):
-        from powermc.lm import cached_lens
-
-        with Parts(quiet=quiet) as display:
-            cached_lens(model, None if chosen.layer is None else [chosen.layer], progress=display.report)
 
 
 def check_store(chosen: Sample) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import powermc.lm
 from powermc import ArgumentError, CausalLM, Lens, ModelError, NonFiniteLogits, Prompt, calibrate, power_sample
 from powermc.early_exit import screened_cost
 from powermc.lm.exits import EarlyExit
@@ -92,7 +93,7 @@ def test_the_deepest_exit_unless_another_is_asked_for() -> None:
 def test_without_an_exit_the_cached_lens(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def cached(model: CausalLM, layers: Any) -> Lens:
+    def cached(model: CausalLM, layers: Any, **shown: Any) -> Lens:
         asked.append(layers)
         return lens()
 
@@ -341,3 +342,52 @@ def test_auto_runs_a_pilot_and_follows_it() -> None:
         row = facts["pilot"]["choices"][names.index(facts["pilot"]["recommended"])]
         assert (facts["layer"], facts["proposal"], facts["exponent"]) == (2, row["proposal"], row["exponent"])
     json.dumps(run.to_dict(), allow_nan=False)
+
+
+# What a warm-up shows.
+
+
+def test_a_warm_up_shows_what_it_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line per part where there is no terminal, steps of the pilot included; nothing on standard output."""
+    monkeypatch.setattr("powermc.progress.PLAIN_INTERVAL", 0.0)
+    exits = lens_of(fresh(), [ExitHead(2)], kl=0.7)
+    power_sample(fresh(), PROMPTS, **SMALL, kernel="auto", exit=exits, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    parts = ["pilot: paths to start from", "pilot: plain MH", "pilot: exit 2, exit", "pilot: exit 2, substitution"]
+    lines = err.splitlines()
+    assert [line.removeprefix("powermc: ") for line in lines if line.removeprefix("powermc: ") in parts] == parts
+    assert any(line.startswith("powermc: pilot: plain MH  50%  accepted ") for line in lines), "16 of 32 steps"
+    assert lines[-1].startswith("powermc: 32/32 steps"), "then the run's own"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"proposal": "substitution"}, "fitting exponent of the screen"),
+        ({"gated": 0.5}, "fitting eta of the screen"),
+        ({"proposal": "substitution", "gated": 0.5}, "fitting exponent and eta of the screen"),
+    ],
+)
+def test_fitting_is_shown(options: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exits = lens_of(fresh(), [ExitHead(2)])
+    power_sample(fresh(), PROMPTS, **SMALL, exit=exits, **options, progress=True)
+    assert f"powermc: {said}\n" in capsys.readouterr().err
+    power_sample(fresh(), PROMPTS, **SMALL, exit=exits, **options)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_lens_that_is_fitted_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: File
+) -> None:
+    """Also where a run is gone on with and its lens has gone from the cache."""
+
+    def fitted(model: CausalLM, layers: Any, *, progress: Any) -> Lens:
+        progress("writing text", 0.5)
+        return lens_of(model, [ExitHead(2)])
+
+    monkeypatch.setitem(powermc.lm.__dict__, "cached_lens", fitted)
+    options = {**SMALL, "kernel": "early-exit", "store": tmp_path / "run.db", "resume": True}
+    for more, shown in (({"progress": True}, 1), ({"progress": True, "draws": 5}, 1), ({"draws": 6}, 0)):
+        power_sample(fresh(), PROMPTS, **{**options, **more})
+        assert capsys.readouterr().err.count("powermc: writing text\n") == shown
