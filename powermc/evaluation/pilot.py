@@ -305,6 +305,8 @@ def _measure(
         (n, program(n, start, Stream(seed, prompt=start.prompt.key, chain=n % chains)))
         for n, start in enumerate(starts)
     )
+    if (forget := getattr(model, "forget", None)) is not None:
+        forget()  # what earlier choices drafted would make later ones look cheaper than they are
     ledgers = [model.ledger] if other is None else [model.ledger, other]
     before, begun = [ledger.copy() for ledger in ledgers], time.perf_counter()
     for outcome in drive(programs, active=getattr(model, "max_rows", None)):

@@ -58,6 +58,19 @@ def outcome(found: Pilot) -> list[dict[str, Any]]:
 # Rows.
 
 
+def test_what_a_choice_costs_does_not_depend_on_those_before_it() -> None:
+    """A pool that lasted from one choice to the next would make whoever comes later look cheaper."""
+
+    def costs(layers: Sequence[int], proposals: Sequence[str]) -> dict[str, Any]:
+        lm = CausalLM(tiny_model("llama").double())
+        found = run(lm, [EarlyExit(lm, ExitHead(layer)) for layer in layers], proposals=proposals)
+        return {c.name: (c.flops, c.tokens, c.heads, c.accepted) for c in found.choices}
+
+    both = costs((2, 3), ("exit", "substitution"))
+    assert costs((3, 2), ("substitution", "exit")) == both
+    assert costs((3,), ("exit",)).items() <= both.items()
+
+
 def test_every_exit_with_every_proposal_after_plain() -> None:
     lm = CausalLM(tiny_model("llama").double())
     exits = [EarlyExit(lm, ExitHead(2)), EarlyExit(lm, ExitHead(3))]
