@@ -29,7 +29,3 @@ def test_the_methods_that_it_names_exist():
     commands = re.findall(r"--methods? ([\w,-]+)", TEXT)
     assert commands
     assert {name for command in commands for name in command.split(",")} <= set(names())
-
-
-def test_the_place_of_the_measured_table_is_marked():
-    assert TEXT.count("MEASURED TABLE: begin") == TEXT.count("MEASURED TABLE: end") == 1
