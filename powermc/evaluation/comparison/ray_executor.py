@@ -173,6 +173,8 @@ class RayExecutor:
     ) -> Iterator[Result]:
         """An actor has died: take its unit from its file if that is here and it got so far, else have it done again."""
         self._crew.remove(member)
+        with contextlib.suppress(Exception):  # it may only be out of reach, and must not go on beside the next
+            ray().kill(member.actor)
         cause = getattr(error, "cause", None)  # its constructor raised: the model cannot be loaded, say
         if isinstance(cause, PowermcError):
             raise cause
