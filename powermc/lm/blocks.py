@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from powermc.lm import blocks_numba as compiled
+from powermc.lm.lean import Numbers
 from powermc.lm.product import available, barrier, together
 from powermc.lm.rows import Rows, SlotCache
 from powermc.lm.tiles import MOST_LANES, TILE, lanes_for
@@ -37,6 +38,7 @@ _LINEAR = (
 )
 _NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 _ACTIVATIONS = ("SiLU", "SiLUActivation")
+_EPSILONS = ("variance_epsilon", "eps")
 _GLOBAL_HOOKS = (
     nn.modules.module._global_forward_hooks,
     nn.modules.module._global_forward_pre_hooks,
@@ -55,6 +57,7 @@ class Compiled:
         self._modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._slots: list[tuple[dict[str, Any], str, torch.Size | None]] = []
         self._watched: list[dict[str, Any]] = []
+        self._plain = Numbers([])
         self.fits = False
 
     def usable(self, cache: Any) -> bool:
@@ -63,7 +66,7 @@ class Compiled:
             return False
         if cache.slots.shape[0] > MOST_LANES or not 1 <= int((cache.slots != cache.rows.length).sum()) <= MOST_LANES:
             return False
-        if not self._modules or any(now != then for now, then in self._modules):
+        if not self._modules or any(now != then for now, then in self._modules) or self._plain.changed():
             self._learn()
         if not self.fits or any(_GLOBAL_HOOKS):
             return False
@@ -79,16 +82,19 @@ class Compiled:
         )
 
     def _learn(self) -> None:
-        """Look at the blocks anew: some module has been replaced."""
+        """Look at the blocks anew: some module has been replaced, or a number that is no parameter set."""
         modules = list(self._blocks.modules())
         self._watched = [m.__dict__ for m in modules]
         self._modules = [(m._modules, dict(m._modules)) for m in modules]
-        parts = [part for block in self._blocks if (part := _parts(block)) is not None]
+        self._plain = Numbers(modules)
+        known = [(block, part) for block in self._blocks if (part := _parts(block)) is not None]
+        parts, numbers = [part for _, part in known], {_numbers(*one) for one in known}
         shapes = {tuple(None if m is None else tuple(m.weight.shape) for m in part) for part in parts}
         keys, values = self._rows.keys, self._rows.values
         self.fits = (
             len(parts) == len(self._blocks)
-            and len(shapes) == 1
+            and len(shapes) == len(numbers) == 1
+            and None not in next(iter(numbers))
             and keys.dtype == torch.float32
             and keys.shape[2:] == values.shape[2:]
         )
@@ -98,7 +104,6 @@ class Compiled:
             self._dim = attention.head_dim
             self._heads, self._groups = q.out_features // self._dim, keys.shape[2]
             self._width, self._middle = q.in_features, gate.out_features
-            norms = parts[0][:4]
             none: dict[str, Any] = {}
             self._slots = [
                 (none, name, None)
@@ -108,9 +113,7 @@ class Compiled:
                 for m, names in zip(part, [["weight"]] * 4 + [["weight", "bias"]] * 7, strict=True)
                 for name in names
             ]
-            self._numbers = np.array(
-                [_epsilon(norms[0]), _epsilon(norms[2]) if norms[2] is not None else 0.0, attention.scaling], np.float32
-            )
+            self._numbers = np.array(next(iter(numbers))[:3], np.float32)
 
     def _tensors(self) -> list[torch.Tensor | None]:
         """Per block: four norms, then seven matrices, each followed by its bias."""
@@ -175,5 +178,17 @@ def _parts(block: Any) -> list[Any] | None:
     return [*norms, *matrices]
 
 
+def _numbers(block: Any, part: list[Any]) -> tuple[float | None, ...]:
+    """Epsilon of the norms before the parts, and of those of queries and keys; scaling and size of the attention.
+
+    None where two norms of a block, which have one number here, differ in theirs.
+    """
+    first, second, queries, keys = ({0.0} if norm is None else {_epsilon(norm)} for norm in part[:4])
+    whole, heads = first | second, queries | keys
+    attention = block.self_attn
+    own = (float(attention.scaling), float(attention.head_dim))
+    return (whole.pop() if len(whole) == 1 else None, heads.pop() if len(heads) == 1 else None, *own)
+
+
 def _epsilon(norm: Any) -> float:
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+    return float(next((getattr(norm, name) for name in _EPSILONS if hasattr(norm, name)), 0.0))

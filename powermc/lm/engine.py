@@ -18,6 +18,7 @@ from powermc.errors import ModelError
 from powermc.lm.cost import cost_of
 from powermc.lm.decoder import Work
 from powermc.lm.guesses import Guesser, Lookup
+from powermc.lm.lean import Numbers
 from powermc.lm.ledger import Ledger
 from powermc.lm.pool import Pool
 from powermc.lm.recompute import attach
@@ -64,6 +65,7 @@ class Engine:
         self._recent: deque[Segment] = deque(maxlen=_RECENT_PROMPTS)
         self._parameters = list(model.parameters())
         self._weights: int | None = None
+        self._numbers = Numbers([])
         self._splits: set[int] = set()
 
     @contextmanager
@@ -78,13 +80,14 @@ class Engine:
     def check_mode(self) -> None:
         """Raise `ModelError` if the model's owner has put it in training mode: dropout is not part of p.
 
-        What was kept of prompts and drafts is forgotten if the owner has trained the model or replaced a block.
+        What was kept of prompts and drafts is forgotten if the owner has trained the model, replaced a block or set a
+        number of one.
         """
         if self.decoder.model.training:
             raise ModelError(f"{self.decoder.name} is in training mode; call model.eval() before sampling from it")
         weights = hash((*map(id, self.decoder.blocks), sum(p._version for p in self._parameters)))
-        if weights != self._weights:
-            self._weights = weights
+        if weights != self._weights or self._numbers.changed():
+            self._weights, self._numbers = weights, Numbers(self.decoder.blocks.modules())
             self._prompts.clear()
             self.pool.clear()
 

@@ -10,6 +10,7 @@ The owner's modules are not touched: `lean` makes shadows that share every param
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -66,19 +67,34 @@ def shallow(module: Any) -> Any:
     return shadow
 
 
+class Numbers:
+    """Attributes of modules that are floats, such as an epsilon or a scaling: no parameters, yet part of the law."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        own = [m.__dict__ for m in modules]
+        self._seen = [(at, name, value) for at in own for name, value in at.items() if type(value) is float]
+
+    def changed(self) -> bool:
+        """Whether somebody has set one of them since."""
+        return any(at.get(name) != value for at, name, value in self._seen)
+
+
 class Shadowed:
-    """Lean shadows of a list of blocks, made anew when their owner replaces a module or a forward in one of them."""
+    """Lean shadows of a list of blocks, made anew when their owner replaces a module, a forward or a number in one."""
 
     def __init__(self, blocks: nn.ModuleList, compiled: bool = True) -> None:
         self._blocks, self._compiled = blocks, compiled
         self._seen: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], Any]] = []
         self._shadows: list[nn.Module] = []
+        self._numbers = Numbers([])
 
     def refresh(self) -> None:
         """To be called before a pass."""
-        if not self._shadows or any(now != then or own.get("forward") is not f for now, then, own, f in self._seen):
+        replaced = any(now != then or own.get("forward") is not f for now, then, own, f in self._seen)
+        if not self._shadows or replaced or self._numbers.changed():
             modules = list(self._blocks.modules())
             self._seen = [(m._modules, dict(m._modules), m.__dict__, m.__dict__.get("forward")) for m in modules]
+            self._numbers = Numbers(modules)
             self._shadows = [lean(block, self._compiled) for block in self._blocks]
 
     def __getitem__(self, index: int) -> nn.Module:

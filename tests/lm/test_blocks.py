@@ -202,6 +202,40 @@ def test_what_the_owner_changes_is_seen(passes: list[tuple[int, int]]) -> None:
     assert not run()
 
 
+def test_numbers_that_are_no_parameters_are_seen(passes: list[tuple[int, int]]) -> None:
+    """Epsilon and scaling, set later: the same in all blocks they are compiled anew, else block by block."""
+    model: Any = tiny_model("qwen3")
+    lm = CausalLM(model, reuse=False)
+    lists = rows_of(model, 2, 5)
+    layers = list(model.model.layers)
+
+    def run() -> bool:
+        passes.clear()
+        assert_plain(lm, lists, logits(lm, lists, [1] * 8))
+        return bool(passes)
+
+    assert run()
+    for get, name in (
+        (lambda layer: [layer.input_layernorm, layer.post_attention_layernorm], "variance_epsilon"),
+        (lambda layer: [layer.self_attn.q_norm, layer.self_attn.k_norm], "variance_epsilon"),
+        (lambda layer: [layer.self_attn], "scaling"),
+    ):
+        old, new = getattr(get(layers[0])[0], name), getattr(get(layers[0])[0], name) * 1.5 + 0.2
+        for layer in layers[:-1]:
+            for module in get(layer):
+                setattr(module, name, new)
+        assert not run(), "the last block has another one"
+        setattr(get(layers[-1])[0], name, new)
+        for module in get(layers[-1])[1:]:
+            assert not run(), "two norms of a block differ"
+            setattr(module, name, new)
+        assert run()
+        for layer in layers:
+            for module in get(layer):
+                setattr(module, name, old)
+        assert run()
+
+
 class _Halved(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight / 2
