@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from powermc.evaluation import methods
 from powermc.evaluation.methods import Answers, Method, Question, Terms, parse
 from powermc.lm import CausalLM
 from powermc.lm.heads import ExitHead
@@ -73,6 +74,11 @@ def ready(name: str) -> Method:
 def questions(model: CausalLM, texts: Sequence[str] = TEXTS) -> list[Question]:
     """A text states its second word, if that is one of some."""
     return [Question(str(i), model.prompt(text), read) for i, text in enumerate(texts)]
+
+
+def shipped() -> list[str]:
+    """The methods of powermc itself: tests of comparisons register some of their own."""
+    return [name for name in methods.names() if methods.get(name).__module__.startswith("powermc.")]
 
 
 def read(text: str) -> str | None:

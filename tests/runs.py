@@ -119,6 +119,7 @@ def _chain(
             change = float(draw.normal(0, 3))
             row |= {
                 "log_surrogate": change if not plain and kind != "same" else math.nan,
+                "log_stage1": row["log_ratio"] if not plain and kind != "same" else math.nan,
                 "same": kind == "same" and not plain,
             }
             if row["same"]:
@@ -176,7 +177,13 @@ def _columns(steps: int, screened: bool) -> dict[str, np.ndarray]:
         *(("component", "stage") * screened),
     )
     flags = ("accepted", "changed", "null", "abandoned", *(("gated", "same", "stage1_accepted") * screened))
-    floats = ("log_p", "log_density", "log_ratio", "log_level", *(("log_surrogate", "log_target") * screened))
+    floats = (
+        "log_p",
+        "log_density",
+        "log_ratio",
+        "log_level",
+        *(("log_surrogate", "log_stage1", "log_target") * screened),
+    )
     return {
         **{name: np.zeros(steps, dtype=np.int32) for name in integers},
         **{name: np.zeros(steps, dtype=bool) for name in flags},

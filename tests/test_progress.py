@@ -255,7 +255,7 @@ def test_what_a_run_logs(caplog, tmp_path):
     settings = {"max_new_tokens": 8, "block_size": 4, "steps": 1, "chains": 2, "kernel": "early-exit"}
     power_sample(FakeLM(), "a", **settings, exit=FakeLM(seed=2), store=tmp_path / "run.db")
     text = "\n".join(f"{record.name}: {record.getMessage()}" for record in caplog.records)
-    assert f"powermc.store.writing: {tmp_path / 'run.db'} opened, empty" in text
+    assert f"powermc.store.base: {tmp_path / 'run.db'} opened, empty" in text
     assert "powermc.early_exit: warm-up done: kernel early-exit, surrogate fake, proposal exit, exponent 4" in text
     assert "powermc.recording: 2 chains, 2 of them under way at once" in text
     assert "powermc.recording: prompt 0, chain 1: block 2 of 2 begins" in text

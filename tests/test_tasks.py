@@ -37,7 +37,8 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def test_unknown_tasks_are_told_what_there_is():
-    with pytest.raises(ArgumentError, match="no task 'gsm9k'; there are arithmetic, countdown, gpqa-diamond, gsm8k, "):
+    own = "(digits, )?"  # of tests/eval_fakes.py, where this process has run its tests
+    with pytest.raises(ArgumentError, match=f"no task 'gsm9k'; there are arithmetic, countdown, {own}gpqa-diamond, "):
         tasks.get("gsm9k")
     with pytest.raises(ArgumentError, match="no task 'x'"):
         tasks.load("x")
