@@ -243,8 +243,8 @@ def steps_of_a_run(monkeypatch: pytest.MonkeyPatch, callback: Any = None) -> Non
         used.append((low.proposal.space.horizon, low.stages[0].alpha, low.proposal.temperature, low.gate, self))
         return step(self, choices, state)
 
-    def kept(*args: Any) -> Any:
-        prepared = settle(*args)
+    def kept(*args: Any, **options: Any) -> Any:
+        prepared = settle(*args, **options)
         own = prepared.screening
         frozen.append((prepared, own, values(own)))
         return prepared
