@@ -209,3 +209,13 @@ def test_without_the_packages(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModelError, match=r"a report needs the package .*: pip install 'powermc\[report\]'"):
         page(made_up(steps=10))
+
+
+def test_a_stored_run_tells_the_stages_apart_too():
+    """A store rounds every number by itself: the difference of two is not what the third was rounded to."""
+    run = made_up()
+    numbers = ("log_ratio", "log_stage1", "log_surrogate", "log_target")
+    stored = tuple({k: v.round(6) if k in numbers else v for k, v in info.items()} for info in run.infos)
+    pages = [report(r).chains[0, 0]["columns"]["on_record_2"] for r in (run, replace(run, infos=stored))]
+    assert pages[0] == pages[1]
+    assert 0 < sum(pages[0]) < len(pages[0])

@@ -67,8 +67,12 @@ def _second(info: Mapping[str, np.ndarray], chain: int, steps: int) -> dict[str,
     """Of proposals that reached stage 2, its log ratio, and whether the ratio on record is that one or stage 1's."""
     if "log_surrogate" not in info:
         return {}
-    second = info["log_target"][chain, :steps] - info["log_surrogate"][chain, :steps]
-    return {"log_ratio_2": numbers(second), "on_record_2": (second == info["log_ratio"][chain, :steps]).tolist()}
+    target, surrogate, stage1, ratio = (
+        info[name][chain, :steps] for name in ("log_target", "log_surrogate", "log_stage1", "log_ratio")
+    )
+    second = target - surrogate
+    # Not `second == ratio`: a store has rounded each of the three by itself.
+    return {"log_ratio_2": numbers(second), "on_record_2": (np.isfinite(second) & (ratio != stage1)).tolist()}
 
 
 def _deltas(chain: Chain, blocks: np.ndarray, outcome: np.ndarray, alphabet: Alphabet) -> dict[str, Any]:
