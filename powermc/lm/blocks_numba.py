@@ -17,8 +17,8 @@ from powermc.lm.tiles import TILE, carray, claim, floats, integers, multiply, wa
 # Positions of a job, all int64. Addresses but for the numbers in the first line.
 (LANES, WIDTH, HEADS, GROUPS, DIM, MIDDLE, LAYERS, TOKENS) = range(8)
 (WEIGHTS, STATES, COS, SIN, SLOTS, PLACES, KEYS, VALUES) = range(8, 16)
-(LAYER_STRIDE, ROW_STRIDE, HEAD_STRIDE, SCRATCH, COUNTERS, BARRIER, NUMBERS) = range(16, 23)
-JOB = 23
+(LAYER_STRIDE, ROW_STRIDE, HEAD_STRIDE, SCRATCH, COUNTERS, BARRIER, NUMBERS, THREADS) = range(16, 24)
+JOB = 24
 """GROUPS: heads of keys and values. TOKENS: lanes in use. SLOTS, PLACES: row and position of each. Strides in
 floats."""
 
@@ -133,6 +133,12 @@ def _attend(query, keys, values, scaling, weights, out):  # pragma: no cover - c
 
 
 @_inner
+def _part(outputs, threads):  # pragma: no cover - compiled
+    """Outputs that a thread claims at once: half of its part, as the weights after the last of them come in vain."""
+    return max(outputs // (2 * threads) // TILE, 1) * TILE
+
+
+@_inner
 def _rows(lanes, weight, bias, k, first, x, out):  # pragma: no cover - compiled
     """out (TILE, lanes) = outputs first..first+TILE-1 of W x + bias."""
     multiply(lanes, weight + first * k * 4, x, k, out.ctypes.data)
@@ -199,6 +205,8 @@ def run(job: Any) -> None:  # pragma: no cover - compiled
     lanes, width, heads, groups, dim, middle = job[LANES], job[WIDTH], job[HEADS], job[GROUPS], job[DIM], job[MIDDLE]
     tokens, barrier, layers = job[TOKENS], job[BARRIER], job[LAYERS]
     queries, others, share = heads * dim, groups * dim, heads // groups
+    chunk, chunk_qkv = _part(width, job[THREADS]), _part(queries + 2 * others, job[THREADS])
+    chunk_middle = _part(middle, job[THREADS])
     table = carray(integers(job[WEIGHTS]), (layers, PER_LAYER))
     slots, places = carray(integers(job[SLOTS]), (tokens,)), carray(integers(job[PLACES]), (tokens,))
     cos, sin = carray(floats(job[COS]), (tokens, dim)), carray(floats(job[SIN]), (tokens, dim))
@@ -221,7 +229,7 @@ def run(job: Any) -> None:  # pragma: no cover - compiled
         at = job[COUNTERS] + layer * PHASES * 8
         own = table[layer]
         _normed(states, carray(floats(own[NORM_1]), (width,)), numbers[EPS], x)
-        _project(lanes, own, width, queries, others, x.ctypes.data, projected, at, 4 * TILE)
+        _project(lanes, own, width, queries, others, x.ctypes.data, projected, at, chunk_qkv)
         if barrier != 0:
             wait(barrier)
         while True:  # keys and values go where they will be found
@@ -256,13 +264,13 @@ def run(job: Any) -> None:  # pragma: no cover - compiled
                     attended[h * dim + d, lane] = out[d]
         if barrier != 0:
             wait(barrier)
-        _add(lanes, own[OUT], own[OUT + 1], width, queries, attended.ctypes.data, states, at + 24, 2 * TILE, sums)
+        _add(lanes, own[OUT], own[OUT + 1], width, queries, attended.ctypes.data, states, at + 24, chunk, sums)
         if barrier != 0:
             wait(barrier)
         _normed(states, carray(floats(own[NORM_2]), (width,)), numbers[EPS], x)
-        _gated(lanes, own, width, middle, x.ctypes.data, gated, at + 32, 4 * TILE, sums, ups)
+        _gated(lanes, own, width, middle, x.ctypes.data, gated, at + 32, chunk_middle, sums, ups)
         if barrier != 0:
             wait(barrier)
-        _add(lanes, own[DOWN], own[DOWN + 1], width, middle, gated.ctypes.data, states, at + 40, 2 * TILE, sums)
+        _add(lanes, own[DOWN], own[DOWN + 1], width, middle, gated.ctypes.data, states, at + 40, chunk, sums)
         if barrier != 0:
             wait(barrier)

@@ -19,8 +19,8 @@ from numba import cfunc, types
 
 from powermc.lm.tiles import TILE, address_of, carray, claim, floats, lanes_for, multiply, multiply_one
 
-_CHUNKS = 4
-"""Parts of the work per thread: whoever is done takes the next one."""
+_CHUNKS = 2
+"""Parts of the work per thread: whoever is done takes the next one. Few: the weights after the last come in vain."""
 
 
 @cache

@@ -66,8 +66,7 @@ def _tile(lanes: int, outputs: int) -> Any:
             k = args[2]
             weight, x, out = (b.inttoptr(args[i], _FLOAT.as_pointer()) for i in (0, 1, 3))
             rows = [b.gep(weight, [b.mul(k, _INT(m))]) for m in range(outputs)]
-            ahead = [b.gep(row, [b.mul(k, _INT(outputs))]) for row in rows]  # where the next tile's begin
-            build(b, rows, ahead, x, k, b.sub(k, b.srem(k, _INT(_LINE))), out, lanes)
+            build(b, rows, b.mul(k, _INT(outputs)), x, k, b.sub(k, b.srem(k, _INT(_LINE))), out, lanes)
             return context.get_dummy_value()
 
         return types.void(types.intp, types.intp, types.intp, types.intp), code
@@ -75,8 +74,8 @@ def _tile(lanes: int, outputs: int) -> Any:
     return tile
 
 
-def _columns(b: Any, rows: list[Any], ahead: list[Any], x: Any, k: Any, whole: Any, out: Any, lanes: int) -> None:
-    """Many lanes: a vector of x per position, a weight broadcast to it."""
+def _columns(b: Any, rows: list[Any], tile: Any, x: Any, k: Any, whole: Any, out: Any, lanes: int) -> None:
+    """Many lanes: a vector of x per position, a weight broadcast to it. The next tile begins `tile` floats on."""
     vector = ir.VectorType(_FLOAT, lanes)
     undefined, broadcast = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_INT32, lanes), [0] * lanes)
     fma = _function(b, f"llvm.fma.v{lanes}f32", vector, [vector] * 3)
@@ -84,8 +83,9 @@ def _columns(b: Any, rows: list[Any], ahead: list[Any], x: Any, k: Any, whole: A
     def add(width: int) -> Any:
         def body(at: Any, sums: list[Any]) -> list[Any]:
             sums = list(sums)
-            for row in ahead if width > 1 else ():
-                _fetch(b, b.gep(row, [at]))
+            next_tile = b.gep(rows[0], [b.add(tile, b.mul(at, _INT(len(rows))))])
+            for line in range(len(rows) if width > 1 else 0):  # in the order in which they lie
+                _fetch(b, b.gep(next_tile, [_INT(line * _LINE)]))
             for i in range(width):
                 place = b.add(at, _INT(i))
                 column = b.load(b.bitcast(b.gep(x, [b.mul(place, _INT(lanes))]), vector.as_pointer()), align=4)
@@ -101,7 +101,7 @@ def _columns(b: Any, rows: list[Any], ahead: list[Any], x: Any, k: Any, whole: A
         b.store(total, b.bitcast(b.gep(out, [_INT(m * lanes)]), vector.as_pointer()), align=4)
 
 
-def _dots(b: Any, rows: list[Any], ahead: list[Any], x: Any, k: Any, whole: Any, out: Any, lanes: int) -> None:
+def _dots(b: Any, rows: list[Any], tile: Any, x: Any, k: Any, whole: Any, out: Any, lanes: int) -> None:
     """One lane: vectors along the positions, summed up at the end."""
     vector = ir.VectorType(_FLOAT, _LINE)
     fma, fma1 = (
@@ -109,8 +109,8 @@ def _dots(b: Any, rows: list[Any], ahead: list[Any], x: Any, k: Any, whole: Any,
     )
 
     def add(at: Any, sums: list[Any]) -> list[Any]:
-        for row in ahead:
-            _fetch(b, b.gep(row, [at]))
+        for row in rows:
+            _fetch(b, b.gep(row, [b.add(tile, at)]))
         given, *weights = (b.load(b.bitcast(b.gep(p, [at]), vector.as_pointer()), align=4) for p in (x, *rows))
         return [b.call(fma, [weight, given, total]) for weight, total in zip(weights, sums, strict=True)]
 
