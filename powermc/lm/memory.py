@@ -2,8 +2,9 @@
 
 `memory` is what the whole process may hold: its resident set on a CPU, what is allocated there on an accelerator. What
 is resident when a run starts (interpreter, libraries, weights) is read from the system; what the run adds is computed
-here from the shapes of the model, part by part (`Need`). Rows are as many as fit; the pool of activations to be
-reused (`powermc.lm.pool`) gets what they leave.
+here from the shapes of the model, part by part (`Need`). Rows are as many as fit. What is computed is a bound, which
+most runs stay far below: the pool of activations to be reused (`powermc.lm.pool`) gets what they leave, as measured
+while they run (`Fit.spare`), and gives it back as they come to need it.
 
 What this module does not know: the user's own data and callbacks, calibration, other models in the process, and
 loading, whose peak is past when a run starts. How many outdated positions the segments of a path hold is a mean
@@ -32,7 +33,7 @@ from powermc.errors import ArgumentError
 if TYPE_CHECKING:
     from powermc.lm.decoder import Decoder
 
-PASS_TOKENS, PASS_ROWS, HEAD_ROWS, RECENT_PROMPTS, LENGTH_STEP = 4096, 16, 64, 16, 64
+PASS_TOKENS, PASS_ROWS, HEAD_ROWS, RECENT_PROMPTS, LENGTH_STEP = 1024, 16, 64, 16, 64
 """Limits of the engine, the oracle and the rows; a test holds them to theirs."""
 
 _SLACK = 1.1
@@ -149,9 +150,9 @@ class Need:
         """Tails that the segments of one path hold in the mean: the one that is read, and what later cuts outdated.
 
         A segment that begins at s is still held if no later accepted cut was below s, which has probability
-        1 / (s + 1) where cuts are uniform; it holds up to T - s positions. sum_s (T - s) / (s + 1) < T (1 + ln T).
+        1 / (s + 1) where cuts are uniform; it holds up to T - s positions: sum_s (T - s) / (s + 1) in all.
         """
-        return 1.0 + math.log(self.horizon)
+        return sum((self.horizon - s) / (s + 1) for s in range(self.horizon)) / self.horizon
 
     def buffer(self, rows: int) -> int:
         """The slots of all rows."""
@@ -190,25 +191,34 @@ class Need:
         """Paths and infos kept for the result, of all chains."""
         return self.chains * self.draws * (80 * self.horizon + 2000)
 
+    def passing(self, rows: int) -> int:
+        """Of `total`, what is held only while a pass or a head is run."""
+        return math.ceil(_SLACK * (self.passes(rows) + self.head(rows)))
+
     def total(self, rows: int) -> int:
         """All of it for a run with so many rows."""
-        held = self.buffer(rows) + self.paths(rows) + self.passes(rows) + self.head(rows) + self.results
-        return math.ceil(_SLACK * held)
+        return math.ceil(_SLACK * (self.buffer(rows) + self.paths(rows) + self.results)) + self.passing(rows)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What memory allows. rows: side by side. pool: bytes left for activations to be reused. limit, resident, need:
-    bytes, of the process in all, before the run, and added by it. budget: whether the limit was given. asked: rows that
-    the run could have used."""
+    """What memory allows. rows: side by side. pool: bytes left for activations to be reused, whatever the run does.
+    limit, resident, need: bytes, of the process in all, before the run, and added by it. passing: of those added, what
+    is held only while something is run. budget: whether the limit was given. asked: rows that the run could have used.
+    """
 
     rows: int
     pool: int
     limit: int
     resident: int
     need: int
+    passing: int
     budget: bool
     asked: int
+
+    def spare(self, device: torch.device) -> int:
+        """Bytes that the process may still take now, between two passes; less than 0 where it holds too much."""
+        return self.limit - self.passing - resident(device)
 
     @property
     def binds(self) -> bool:
@@ -262,8 +272,9 @@ def _fit(need: Need, asked: int, memory: int | None, device: torch.device, weigh
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if before + need.total(middle) <= limit else (low, middle - 1)
-    left = limit - before - need.total(max(low, 1))
-    return Fit(low, max(int(left / _SLACK), 0), limit, before, need.total(max(low, 1)), memory is not None, asked)
+    held = need.total(max(low, 1))
+    pool = max(int((limit - before - held) / _SLACK), 0)
+    return Fit(low, pool, limit, before, held, need.passing(max(low, 1)), memory is not None, asked)
 
 
 def resident(device: torch.device) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,8 +42,8 @@ class CausalLM(DepthOracle):
         The most rows that decode side by side; more chains than rows take turns.
     memory
         What the whole process may hold: bytes, or a size such as "4GB" or "512MB"; on an accelerator, what may be
-        allocated there. `power_sample` and `pilot` then use as many rows, up to `max_rows`, as fit (`fit`). None: what
-        the machine has available.
+        allocated there. `power_sample` and `pilot` then use as many rows, up to `max_rows`, as fit (`fit`), and what
+        those leave, by measurement, for what may be used again. None: what the machine has available.
     reuse
         Whether nothing is run that has been run of the same tokens lately (`powermc.lm.pool`). It changes no draw.
     speculate
@@ -166,7 +167,9 @@ class CausalLM(DepthOracle):
         if found.binds:
             rows.most = found.rows
             _log.info("%d rows of %d fit into memory", found.rows, min(self._most, total))
-        pool.budget = found.pool if self.memory is not None else min(found.pool, DEFAULT_BUDGET)
+        pool.budget, pool.spare = min(found.pool, DEFAULT_BUDGET), None
+        if self.memory is not None:
+            pool.budget, pool.spare = found.pool, partial(found.spare, self.decoder.device)
         return found
 
     def forget(self) -> None:

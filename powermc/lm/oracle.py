@@ -58,6 +58,7 @@ class DepthOracle(ABC):
     @torch.no_grad()
     def answer(self, requests: Sequence[Extend[DecoderRow] | Score]) -> list[Any]:
         self.engine.check_mode()
+        self.engine.pool.settle()
         started = time.perf_counter()
         answers: list[Any] = [PENDING] * len(requests)
         scores = [i for i, r in enumerate(requests) if isinstance(r, Score)]

@@ -8,13 +8,16 @@ the tokens up to it, so whose draft it comes from makes no difference.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from powermc.lm.memory import trim
 from powermc.lm.rows import Prefix, Segment
 from powermc.sequences.path import Tokens
 
 DEFAULT_BUDGET = 512 * 2**20
+_STEP = 16 * 2**20
+"""What is forgotten beyond what is needed, where that is measured: to give memory back takes a while."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +45,14 @@ def extended_key(key: int, token: int) -> int:
 class Pool:
     """Sequences of tokens and their activations; the least recently used go when they exceed `budget` bytes.
 
-    Segments that several sequences share are counted once. Those that a path holds as well stay in memory after they
-    have gone from here.
+    With `spare`, which says how many bytes the process may still take (below 0: holds too much), they may exceed the
+    budget by as much. Segments that several sequences share are counted once. Those that a path holds as well stay in
+    memory after they have gone from here.
     """
 
     def __init__(self, budget: int = DEFAULT_BUDGET) -> None:
         self.budget, self.bytes = budget, 0
+        self.spare: Callable[[], int] | None = None
         self._entries: OrderedDict[int, Entry] = OrderedDict()
         self._at: dict[int, Entry] = {}
         self._holders: Counter[int] = Counter()
@@ -76,8 +81,19 @@ class Pool:
         for segment in prefix.segments:
             self._holders[id(segment)] += 1
             self.bytes += _bytes(segment) if self._holders[id(segment)] == 1 else 0
-        while self.bytes > self.budget:
-            self._forget(next(iter(self._entries.values())))
+        self.settle()
+
+    def settle(self) -> None:
+        """Forget what there is no room for."""
+        room = self.budget
+        if self.spare is not None and self.bytes > room:
+            spare = self.spare()
+            room = self.bytes if spare >= 0 else max(room, self.bytes + spare - _STEP)
+        if self.bytes > room:
+            while self.bytes > room:
+                self._forget(next(iter(self._entries.values())))
+            if self.spare is not None:
+                trim()
 
     def _forget(self, entry: Entry) -> None:
         del self._entries[id(entry)]

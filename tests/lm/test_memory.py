@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,9 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from powermc import Prompt, power_sample
 from powermc.errors import ArgumentError
-from powermc.lm import CausalLM, engine, memory, oracle, rows
+from powermc.lm import CausalLM, engine, memory, oracle, pool, rows
 from powermc.lm.exits import EarlyExit
 from powermc.lm.heads import ExitHead
+from powermc.lm.pool import Pool
+from powermc.lm.rows import Prefix, Segment
 from tests.lm.families import VOCAB, tiny_model
 
 CPU = torch.device("cpu")
@@ -224,6 +227,76 @@ def test_what_rows_leave_is_the_pool_s(monkeypatch: pytest.MonkeyPatch) -> None:
     found = lm.fit(PROMPTS, 12, chains=3, draws=4)
     assert 0.8e6 < found.pool == lm.engine.pool.budget
     assert found.resident + found.need + found.pool <= found.limit == lm.memory
+
+
+def segments(n: int, size: int) -> list[tuple[list[int], Prefix]]:
+    """Sequences of one token, each with activations of `size` bytes of its own."""
+    one, none = torch.zeros(1, 1, 1, size // 4 - 1), torch.zeros(0)
+    return [([i], Prefix((Segment(0, one.clone(), none, {1: torch.zeros(1, 1)}),), 1)) for i in range(n)]
+
+
+def test_the_pool_follows_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It grows while the process may, gives back what it holds too much and a step more, never less than its budget."""
+    monkeypatch.setattr(pool, "_STEP", 1000)
+    spare, held = 0, Pool(budget=3000)
+    held.spare = lambda: spare
+    for ids, prefix in segments(20, 1000):
+        held.add(ids, 0, prefix)
+    assert held.bytes == 20_000, "nothing is over the limit"
+    spare = -2500
+    held.settle()
+    assert held.bytes == 16_000, "3500 bytes and what is left of a sequence"
+    assert held.find(pool.key_of([3]), [3], 1) is None
+    assert held.find(pool.key_of([4]), [4], 1) is not None, "the oldest have gone"
+    spare = -(10**6)
+    held.settle()
+    assert held.bytes == 3000, "what the rows have left in any case"
+    held.spare = None
+    held.add([99], 0, segments(1, 1000)[0][1])
+    assert held.bytes == 3000
+
+
+def test_a_run_under_a_budget_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is measured, the states are the same; what is free is used, and given back between passes."""
+    model = tiny_model("llama").double()
+    states, bytes_held = [], []
+    for full in (False, True):  # rows hold nothing of what was computed for them; all of it, and more
+        resident_is(monkeypatch, 10**9)
+        lm = CausalLM(model)
+        lm.memory = budget_for(lm, 3, 10**9)
+        lm.fit(PROMPTS, 12, chains=3, draws=4)
+        spare = lm.engine.pool.spare
+        assert spare is not None
+        assert spare() == lm.memory - needed(lm).passing(3) - 10**9
+
+        def measured(device: torch.device, lm: CausalLM = lm, full: bool = full) -> int:
+            return 2 * 10**9 if full and lm.decoder.rows.used else 10**9
+
+        monkeypatch.setattr(memory, "resident", measured)
+        states.append(power_sample(lm, PROMPTS, **RUN).paths)
+        bytes_held.append(lm.engine.pool.bytes)
+        assert full == (lm.engine.pool.bytes <= lm.engine.pool.budget)
+    assert states[0] == states[1]
+    assert bytes_held[0] > bytes_held[1]
+
+
+def test_without_a_budget_nothing_is_measured() -> None:
+    lm = CausalLM(tiny_model("llama"))
+    lm.fit(PROMPTS, 12)
+    assert lm.engine.pool.spare is None
+    assert lm.engine.pool.budget <= pool.DEFAULT_BUDGET
+
+
+def test_tails_that_a_path_holds_in_the_mean() -> None:
+    """Against cuts drawn uniformly: a segment stays until a later cut is below its beginning."""
+    horizon, rng, held = 12, np.random.default_rng(0), []
+    shape = memory.shape_of(CausalLM(tiny_model("llama")).decoder)
+    begins: list[int] = [0]
+    for _ in range(20_000):
+        cut = int(rng.integers(horizon))
+        begins = [*(s for s in begins if s < cut), cut]
+        held.append(sum(horizon - s for s in begins) / horizon)
+    assert memory.Need(shape, (5,), horizon, 1).tails == pytest.approx(np.mean(held[100:]), rel=0.02)
 
 
 def test_need_grows_with_everything() -> None:
