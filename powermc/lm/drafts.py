@@ -37,8 +37,6 @@ class DecoderRow:
         len(ids) + i is that of ahead[:i + 1].
     logits
         Of the next positions, the first that of the next draw; dropped where a draw leaves `ahead`.
-    agreed
-        How many of the last draws were the first token of `ahead`, in a row.
     """
 
     def __init__(self, model: DepthOracle, path: Path, cut: int) -> None:
@@ -46,7 +44,6 @@ class DecoderRow:
         self.ids = [*path.prompt.ids, *path.tokens[:cut]]
         self.path: Tokens = path.tokens
         self.ahead: Sequence[int] = ()
-        self.agreed = 0
         self.logits: deque[torch.Tensor] = deque()
         self.slot: Slot | None = None
         self.prefix = known = model.engine.known(path, model.depth)
@@ -95,11 +92,11 @@ class DecoderRow:
         if self._key is not None:
             self._key = extended_key(self._key, token)
         if self.ahead and self.ahead[0] == token:
-            self.ahead, self.agreed = self.ahead[1:], self.agreed + 1
+            self.ahead = self.ahead[1:]
             self.logits.popleft()
             self.ids.append(token)
             return
-        n, self.ahead, self.agreed = len(self.ids), (), 0
+        n, self.ahead = len(self.ids), ()
         self.logits.clear()
         self.ids.append(token)
         if self.slot is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from powermc.lm.drift import Drift
 
-_AHEAD = 16
+_AHEAD = 32
 _RECENT_PROMPTS = 16
 _PASS_TOKENS = 1024
 _PASS_ROWS = 16

@@ -145,12 +145,12 @@ class DepthOracle(ABC):
     def _next_logits(self, rows: Sequence[DecoderRow]) -> torch.Tensor:
         """Logits (n, V) of the next draw of each row.
 
-        Where tokens ahead of a row have been run, the head reads some of those in the same call: the more the longer
-        the row has agreed with them, and the fewer the more rows there are, as it is bound by reading its weights.
+        Where tokens ahead of a row have been run, the head reads those in the same call, the fewer the more rows there
+        are: it is bound by reading its weights, so that states cost little that are not drawn from in the end.
         """
         fresh = [row for row in rows if not row.logits]
         most = max(self.engine.ahead // max(len(rows), 1), 1)
-        states = [row.states(min(row.agreed + 1, most)) for row in fresh]
+        states = [row.states(most) for row in fresh]
         if fresh:
             logits = self.logits(torch.cat(states), np.full(sum(map(len, states)), -1))
             if len(logits) == len(fresh) == len(rows):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path as File
 
 import numpy as np
@@ -75,3 +77,29 @@ def test_what_saves_work_changes_no_state(smollm2: CausalLM, prompts: list[Promp
     for key, steps in plain.items():
         assert_equal_up_to_near_ties(steps, fast[key])
     assert less < work
+
+
+UNDER_A_BUDGET = """
+from powermc import power_sample
+from powermc.evaluation.memory import peak
+from powermc.lm import CausalLM
+
+lm = CausalLM.from_pretrained("smollm2")
+with peak() as loaded:
+    pass
+lm.memory = loaded.before + 500_000_000
+questions = [f"Add these numbers: {', '.join(str(7 * i + j) for j in range(5 + 2 * i))}." for i in range(32)]
+with peak() as run:
+    rows = power_sample(lm, questions, max_new_tokens=16, block_size=8, steps=2, chains=4, seed=0).settings["rows"]
+print(rows, run.most / lm.memory)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_the_peak_comes_within_a_tenth_of_a_budget() -> None:
+    """128 chains on the rows that fit, in a process of their own: never over, and what is given is used."""
+    done = subprocess.run([sys.executable, "-c", UNDER_A_BUDGET], capture_output=True, text=True, check=True)
+    rows, share = done.stdout.split()
+    assert 1 < int(rows) < 64
+    assert 0.9 <= float(share) <= 1.0
