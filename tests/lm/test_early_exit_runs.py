@@ -162,19 +162,18 @@ def test_the_fitted_exponent_is_recorded_and_reproducible(proposal: str) -> None
 
 def test_nan_at_the_exit_ends_that_chain_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row of one draft reads NaN at layer 3; the model's own layers and all other rows are fine."""
-    lm, original, calls = fresh(), EarlyExit.logits, 0
+    lm, original, calls = fresh(), EarlyExit._next_logits, 0
 
-    def faulty(self: EarlyExit, states: torch.Tensor, given: np.ndarray) -> torch.Tensor:
+    def faulty(self: EarlyExit, rows: Any) -> torch.Tensor:
         nonlocal calls
-        logits = original(self, states, given)
-        calls += 1
-        if calls == 12:
+        logits, calls = original(self, rows), calls + 1
+        if calls == 4:
             logits = logits.clone()
             logits[0] = math.nan
         return logits
 
     whole = power_sample(fresh(), PROMPTS, **SMALL, exit=lens())
-    monkeypatch.setattr(EarlyExit, "logits", faulty)
+    monkeypatch.setattr(EarlyExit, "_next_logits", faulty)
     with pytest.warns(RuntimeWarning, match=r"stopped after \d+ steps: the model's logits are NaN or infinite in row"):
         run = power_sample(lm, PROMPTS, **SMALL, exit=lens())
     ((key, error),) = run.errors.items()
