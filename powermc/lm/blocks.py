@@ -147,8 +147,8 @@ class Compiled:
         job[12:14] = slots.data_ptr(), places.data_ptr()
         job[14:16] = rows.keys[first].data_ptr(), rows.values[first].data_ptr()
         job[16:19] = rows.keys.stride()[:3]
-        job[19:23] = scratch.data_ptr(), counters.ctypes.data, barrier(), self._numbers.ctypes.data
-        job[compiled.THREADS] = torch.get_num_threads()
+        job[19:22] = scratch.data_ptr(), counters.ctypes.data, barrier()
+        job[22:] = self._numbers.ctypes.data, torch.get_num_threads()
         together(compiled.run, (ctypes.c_int64 * compiled.JOB)(*job.tolist()))
         out = states.clone()
         out[real] = packed[:, :n].T

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc, njit, types
 
-from powermc.lm.tiles import TILE, carray, claim, floats, integers, multiply, wait
+from powermc.lm.tiles import TILE, carray, claim, floats, integers, multiply, part, wait
 
 # Positions of a job, all int64. Addresses but for the numbers in the first line.
 (LANES, WIDTH, HEADS, GROUPS, DIM, MIDDLE, LAYERS, TOKENS) = range(8)
@@ -133,12 +133,6 @@ def _attend(query, keys, values, scaling, weights, out):  # pragma: no cover - c
 
 
 @_inner
-def _part(outputs, threads):  # pragma: no cover - compiled
-    """Outputs that a thread claims at once: half of its part, as the weights after the last of them come in vain."""
-    return max(outputs // (2 * threads) // TILE, 1) * TILE
-
-
-@_inner
 def _rows(lanes, weight, bias, k, first, x, out):  # pragma: no cover - compiled
     """out (TILE, lanes) = outputs first..first+TILE-1 of W x + bias."""
     multiply(lanes, weight + first * k * 4, x, k, out.ctypes.data)
@@ -205,8 +199,8 @@ def run(job: Any) -> None:  # pragma: no cover - compiled
     lanes, width, heads, groups, dim, middle = job[LANES], job[WIDTH], job[HEADS], job[GROUPS], job[DIM], job[MIDDLE]
     tokens, barrier, layers = job[TOKENS], job[BARRIER], job[LAYERS]
     queries, others, share = heads * dim, groups * dim, heads // groups
-    chunk, chunk_qkv = _part(width, job[THREADS]), _part(queries + 2 * others, job[THREADS])
-    chunk_middle = _part(middle, job[THREADS])
+    chunk, chunk_qkv = part(width, job[THREADS]), part(queries + 2 * others, job[THREADS])
+    chunk_middle = part(middle, job[THREADS])
     table = carray(integers(job[WEIGHTS]), (layers, PER_LAYER))
     slots, places = carray(integers(job[SLOTS]), (tokens,)), carray(integers(job[PLACES]), (tokens,))
     cos, sin = carray(floats(job[COS]), (tokens, dim)), carray(floats(job[SIN]), (tokens, dim))

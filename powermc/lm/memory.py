@@ -33,7 +33,7 @@ from powermc.errors import ArgumentError
 if TYPE_CHECKING:
     from powermc.lm.decoder import Decoder
 
-PASS_TOKENS, PASS_ROWS, HEAD_ROWS, RECENT_PROMPTS, LENGTH_STEP = 1024, 16, 64, 16, 64
+PASS_TOKENS, PASS_ROWS, HEAD_ROWS, AHEAD, RECENT_PROMPTS, LENGTH_STEP = 1024, 16, 64, 32, 16, 64
 """Limits of the engine, the oracle and the rows; a test holds them to theirs."""
 
 _SLACK = 1.1
@@ -183,8 +183,17 @@ class Need:
 
     def head(self, rows: int) -> int:
         """Logits of one call of the head, with their copies and the scratch of the draws."""
-        states = min(HEAD_ROWS, max(rows, self.horizon, 8))
+        states = min(HEAD_ROWS, max(rows, self.horizon, min(AHEAD, rows * self.horizon), 8))
         return states * self.shape.vocab * (4 * self.shape.element + 4)
+
+    def ahead(self, rows: int) -> int:
+        """Logits read ahead of the draws, which wait for them.
+
+        With n rows a call reads AHEAD / n states of each and is gone after as many ticks, or with the last of its rows:
+        calls of AHEAD states, min(n, AHEAD / n) of them at a time.
+        """
+        calls = min(rows, math.isqrt(AHEAD - 1) + 1)
+        return calls * min(AHEAD, rows * self.horizon) * self.shape.vocab * self.shape.element
 
     @property
     def results(self) -> int:
@@ -197,7 +206,8 @@ class Need:
 
     def total(self, rows: int) -> int:
         """All of it for a run with so many rows."""
-        return math.ceil(_SLACK * (self.buffer(rows) + self.paths(rows) + self.results)) + self.passing(rows)
+        held = self.buffer(rows) + self.paths(rows) + self.ahead(rows) + self.results
+        return math.ceil(_SLACK * held) + self.passing(rows)
 
 
 @dataclass(frozen=True)

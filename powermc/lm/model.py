@@ -167,8 +167,9 @@ class CausalLM(DepthOracle):
         if found.binds:
             rows.most = found.rows
             _log.info("%d rows of %d fit into memory", found.rows, min(self._most, total))
-        pool.budget, pool.spare = min(found.pool, DEFAULT_BUDGET), None
-        if self.memory is not None:
+        if self.memory is None:
+            pool.budget, pool.spare = min(found.pool, DEFAULT_BUDGET), None
+        else:
             pool.budget, pool.spare = found.pool, partial(found.spare, self.decoder.device)
         return found
 

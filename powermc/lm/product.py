@@ -17,10 +17,7 @@ import numpy as np
 import torch
 from numba import cfunc, types
 
-from powermc.lm.tiles import TILE, address_of, carray, claim, floats, lanes_for, multiply, multiply_one
-
-_CHUNKS = 2
-"""Parts of the work per thread: whoever is done takes the next one. Few: the weights after the last come in vain."""
+from powermc.lm.tiles import TILE, address_of, carray, claim, floats, lanes_for, multiply, multiply_one, part
 
 
 @cache
@@ -69,7 +66,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     (n, k), outputs = x.shape, len(weight)
     result = x.new_empty(n, outputs)
-    chunk = max(outputs // (torch.get_num_threads() * _CHUNKS) // TILE, 1) * TILE
+    chunk = part(outputs, torch.get_num_threads())
     together(_work, (ctypes.c_int64 * 8)(0, weight.data_ptr(), x.data_ptr(), result.data_ptr(), n, k, outputs, chunk))
     return result
 

@@ -190,6 +190,12 @@ def lanes_for(n):  # pragma: no cover - compiled
 
 
 @njit(cache=True, nogil=True)
+def part(outputs, threads):  # pragma: no cover - compiled
+    """Outputs that a thread claims at once: half of its share. Few parts: what is fetched beyond one is another's."""
+    return max(outputs // (2 * threads) // TILE, 1) * TILE
+
+
+@njit(cache=True, nogil=True)
 def multiply(lanes, weight, x, k, out):  # pragma: no cover - compiled
     """out (TILE, lanes) = W (TILE, k) x (k, lanes), float32, given by address."""
     if lanes == 1:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from powermc import Prompt, power_sample
 from powermc.errors import ArgumentError
 from powermc.lm import CausalLM, engine, memory, oracle, pool, rows
+from powermc.lm.drafts import DecoderRow
 from powermc.lm.exits import EarlyExit
 from powermc.lm.heads import ExitHead
 from powermc.lm.pool import Pool
@@ -69,6 +70,7 @@ def test_limits_are_those_of_the_engine() -> None:
     assert memory.PASS_ROWS == engine._PASS_ROWS
     assert memory.RECENT_PROMPTS == engine._RECENT_PROMPTS
     assert memory.HEAD_ROWS == oracle._HEAD_ROWS
+    assert memory.AHEAD == engine._AHEAD
     assert memory.LENGTH_STEP == rows._LENGTH_STEP
 
 
@@ -144,6 +146,29 @@ def test_the_need_bounds_what_tensors_hold(width: int, attention: str, exit: boo
     tensors = need.buffer(width) + need.paths(width) + need.passes(width) + need.head(width)
     assert live.most <= tensors <= 4 * live.most
     assert tensors < need.total(width)
+
+
+@pytest.mark.parametrize("width", [1, 4, 12])
+def test_logits_that_wait_for_their_draws_are_bounded(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where everything has been run before, so that the head reads ahead for all rows: from above, at most sixfold."""
+    lm, live, held = CausalLM(tiny_model("llama"), max_rows=width), weakref.WeakSet(), [0]
+    begun, read = DecoderRow.__init__, oracle.DepthOracle._next_logits
+
+    def begin(self: DecoderRow, *args: Any) -> None:
+        begun(self, *args)
+        live.add(self)
+
+    def watched(self: oracle.DepthOracle, rows: Any) -> torch.Tensor:
+        logits = read(self, rows)
+        storages = {s._cdata: s.nbytes() for row in live for s in (x.untyped_storage() for x in row.logits)}
+        held.append(sum(storages.values()))
+        return logits
+
+    monkeypatch.setattr(DecoderRow, "__init__", begin)
+    monkeypatch.setattr(oracle.DepthOracle, "_next_logits", watched)
+    run = {**RUN, "max_new_tokens": 40, "block_size": 40, "steps": 12, "alpha": 6.0}
+    power_sample(lm, PROMPTS, **run)
+    assert 0 < max(held) <= needed(lm, max_new_tokens=40).ahead(width) <= 6 * max(held)
 
 
 def resident_is(monkeypatch: pytest.MonkeyPatch, size: int) -> None:

@@ -151,7 +151,7 @@ def agreement(a: Sequence[int], b: Sequence[int]) -> int:
 def test_layers_run_from_the_first_divergence_on() -> None:
     """A draft of n tokens that agrees with the current path in k runs n - 1 - k, and none if they are the same.
 
-    Heads: one state per draw, and what was read ahead of where the draft left the path: no more than was known.
+    Heads: the n - cut states that are known, read at once, and one for every draw after that which left the path.
     """
     lm, n = CausalLM(tiny_model("llama"), max_rows=4), 16
     x = started(lm, n)
@@ -162,7 +162,7 @@ def test_layers_run_from_the_first_divergence_on() -> None:
         y, ran, _ = run(draft(lm, Space(frozenset(), n), x, cut, COLD, Stream(seed).step(0)))
         spent, k = lm.ledger.since(before), agreement(x.tokens, y.tokens)
         assert ran == spent.tokens(0, lm.depth) == max(n - 1 - k, 0)
-        assert n - cut <= spent.heads[lm.depth] <= n - cut + max(n - 1 - k, 0)
+        assert spent.heads[lm.depth] == n - cut + max(n - 1 - k, 0)
         if y == x:
             assert not +spent.spans
         seen.add(k)
