@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, NamedTuple, Protocol, cast
 
 from powermc.types import Choices, Info, Level, Move, Proposal, Steps, Target, X
@@ -48,7 +49,12 @@ def claims(thing: Any, claim: str, *about: str) -> bool:
 
     A bound that is inherited says nothing of the density, law or ratio of a subclass that has its own.
     """
-    classes = (vars(kind) for kind in type(thing).__mro__)
+    return _claims(type(thing), claim, about)
+
+
+@lru_cache(maxsize=1024)  # asked for every token of every draft
+def _claims(kind: type, claim: str, about: tuple[str, ...]) -> bool:
+    classes = (vars(base) for base in kind.__mro__)
     return next((claim in own for own in classes if any(name in own for name in (claim, *about))), False)
 
 

@@ -223,12 +223,16 @@ def transition_matrix(kernel: Kernel[X], space: Sequence[X]) -> np.ndarray:
     return enumerate_kernel(kernel, space).matrix
 
 
-def two_step_matrix(transitions: Transitions[X], *, active: int = 512) -> np.ndarray:
+def two_step_matrix(
+    transitions: Transitions[X], *, origins: Sequence[int] | None = None, active: int = 512
+) -> np.ndarray:
     """P_2[i, j]: two steps from value i, the second from the very state (caches and all) that the first returned.
 
-    States that are equal down to the last bit take their second step once.
+    `origins`: the indices i to start from, one row each; None: all. States that are equal down to the last bit take
+    their second step once.
     """
-    flat = [leaf for leaves in transitions.leaves for leaf in leaves]
+    first = [transitions.leaves[i] for i in (range(len(transitions.leaves)) if origins is None else origins)]
+    flat = [leaf for leaves in first for leaf in leaves]
     places: dict[Hashable, int] = {}
     place = [places.setdefault(_fingerprint(leaf.value[0]), len(places)) for leaf in flat]
     distinct: list[Any] = [None] * len(places)
@@ -236,7 +240,7 @@ def two_step_matrix(transitions: Transitions[X], *, active: int = 512) -> np.nda
         distinct[i] = leaf.value[0]
     second = _matrix(transitions.values, _leaves(transitions.kernel, distinct, active))
     weighted = second[place] * np.array([leaf.probability for leaf in flat])[:, None]
-    bounds = np.cumsum([0, *(len(leaves) for leaves in transitions.leaves)])
+    bounds = np.cumsum([0, *map(len, first)])
     return np.array([weighted[a:b].sum(0) for a, b in pairwise(bounds)])
 
 

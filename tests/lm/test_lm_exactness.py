@@ -20,7 +20,7 @@ from powermc.lm.rows import Prefix
 from powermc.scheduling import run
 from powermc.sequences import BlockwisePower, Entropy, Horizon, Length, Path, SequenceProbability, Space, Suffix
 from powermc.targets import Power, Tilted
-from powermc.testing import assert_invariant, enumerate_kernel, prove
+from powermc.testing import assert_carries_state, assert_invariant, enumerate_kernel, prove
 from tests.lm.toys import PROMPT, all_paths, toy_lm
 
 SPACE = Space(frozenset({2}), 3)
@@ -74,9 +74,11 @@ def test_mixture_of_temperatures_completes_normalisers() -> None:
 
 @pytest.mark.slow
 def test_cycle() -> None:
+    """Two steps are four of the parts': the state is carried over from one path of each length."""
     lm, space = toy_lm(), Space(frozenset({2}), 2)
     kernels = [suffix_kernel(lm, space, cut) for cut in (Length(), Entropy())]
-    prove(Cycle(kernels), all_paths(space, 3), reversible=False)
+    found = prove(Cycle(kernels), all_paths(space, 3), reversible=False, carried=False)
+    assert_carries_state(found, origins=list({len(path): i for i, path in enumerate(found.values)}.values()))
 
 
 def test_reward_and_stop_rule() -> None:
