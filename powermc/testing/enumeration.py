@@ -37,9 +37,8 @@ class _Tape:
 
     def decide(self, probabilities: list[float]) -> int:
         i = len(self.taken)
-        possible = [b for b, p in enumerate(probabilities) if p > 0]
-        branch = self.forced[i] if i < len(self.forced) else possible[0]
-        assert branch in possible, _STRAYED
+        branch = self.forced[i] if i < len(self.forced) else next(b for b, p in enumerate(probabilities) if p > 0)
+        assert branch < len(probabilities) and probabilities[branch] > 0, _STRAYED
         self.taken.append((branch, probabilities))
         self.probability *= probabilities[branch]
         return branch
