@@ -111,8 +111,8 @@ def assert_carries_state(
     gap = two_step_matrix(found, origins=rows) - found.matrix[rows] @ found.matrix
     i, j = np.unravel_index(int(np.abs(gap).argmax()), gap.shape)
     assert abs(gap[i, j]) <= tol, (
-        f"two steps from {found.values[rows[int(i)]]!r} to {found.values[j]!r} with the state carried over differ from P P "
-        f"by {gap[i, j]:+.3g}: a state keeps something that its value does not determine"
+        f"two steps from {found.values[rows[int(i)]]!r} to {found.values[j]!r} with the state carried over differ from "
+        f"P P by {gap[i, j]:+.3g}: a state keeps something that its value does not determine"
     )
 
 

@@ -38,7 +38,8 @@ class _Tape:
     def decide(self, probabilities: list[float]) -> int:
         i = len(self.taken)
         branch = self.forced[i] if i < len(self.forced) else next(b for b, p in enumerate(probabilities) if p > 0)
-        assert branch < len(probabilities) and probabilities[branch] > 0, _STRAYED
+        assert branch < len(probabilities), _STRAYED
+        assert probabilities[branch] > 0, _STRAYED
         self.taken.append((branch, probabilities))
         self.probability *= probabilities[branch]
         return branch
