@@ -37,9 +37,9 @@ class _Tape:
 
     def decide(self, probabilities: list[float]) -> int:
         i = len(self.taken)
-        branch = self.forced[i] if i < len(self.forced) else next(b for b, p in enumerate(probabilities) if p > 0)
-        assert branch < len(probabilities), _STRAYED
-        assert probabilities[branch] > 0, _STRAYED
+        possible = [b for b, p in enumerate(probabilities) if p > 0]
+        branch = self.forced[i] if i < len(self.forced) else possible[0]
+        assert branch in possible, _STRAYED
         self.taken.append((branch, probabilities))
         self.probability *= probabilities[branch]
         return branch
@@ -223,16 +223,12 @@ def transition_matrix(kernel: Kernel[X], space: Sequence[X]) -> np.ndarray:
     return enumerate_kernel(kernel, space).matrix
 
 
-def two_step_matrix(
-    transitions: Transitions[X], *, origins: Sequence[int] | None = None, active: int = 512
-) -> np.ndarray:
+def two_step_matrix(transitions: Transitions[X], *, active: int = 512) -> np.ndarray:
     """P_2[i, j]: two steps from value i, the second from the very state (caches and all) that the first returned.
 
-    `origins`: the indices i to start from, one row each; None: all. States that are equal down to the last bit take
-    their second step once.
+    States that are equal down to the last bit take their second step once.
     """
-    first = [transitions.leaves[i] for i in (range(len(transitions.leaves)) if origins is None else origins)]
-    flat = [leaf for leaves in first for leaf in leaves]
+    flat = [leaf for leaves in transitions.leaves for leaf in leaves]
     places: dict[Hashable, int] = {}
     place = [places.setdefault(_fingerprint(leaf.value[0]), len(places)) for leaf in flat]
     distinct: list[Any] = [None] * len(places)
@@ -240,7 +236,7 @@ def two_step_matrix(
         distinct[i] = leaf.value[0]
     second = _matrix(transitions.values, _leaves(transitions.kernel, distinct, active))
     weighted = second[place] * np.array([leaf.probability for leaf in flat])[:, None]
-    bounds = np.cumsum([0, *map(len, first)])
+    bounds = np.cumsum([0, *(len(leaves) for leaves in transitions.leaves)])
     return np.array([weighted[a:b].sum(0) for a, b in pairwise(bounds)])
 
 

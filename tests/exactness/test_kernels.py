@@ -355,9 +355,9 @@ def test_any_number_of_end_ids(eos, peaked):
 
 @pytest.mark.slow
 @given(st.data())
-@settings(max_examples=120)
+@settings(max_examples=3 * settings().max_examples)
 def test_many_more(data):
-    """The composition test on larger models and three times the examples."""
+    """The composition test on larger models and three times the examples of the profile."""
     toy = data.draw(toys.toys(max_paths=40))
     target = data.draw(toys.path_targets(toy))
     kernel, reversible = data.draw(toys.kernels(toy, target, parts=3, cycle=len(toy.paths) < 10))
